@@ -1,0 +1,74 @@
+"""What has been done to a network, kept on the network itself.
+
+The ledger holds the edit log, the grids of activations and the constants of calls that surgery
+had to correct. It travels with `deepcopy`, is saved in `model.whet` and replays on a fresh
+instance of the user's class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+NAME = "_whet_ledger"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A uniform affine grid on an activation: x_hat = S (clamp(round(x / S) + Z) - Z).
+
+    Args:
+        scale: S, one number for the tensor.
+        zero_point: Z.
+        low: the smallest code.
+        high: the largest code.
+    """
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.fake_quantize_per_tensor_affine(
+            x, self.scale, self.zero_point, self.low, self.high
+        )
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of the structure, replayable.
+
+    Args:
+        kind: "take" (keep slices of a tensor) or "replace" (put another module there).
+        path: the tensor's or module's full name.
+        arguments: what the kind needs, as JSON.
+    """
+
+    kind: str
+    path: str
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Ledger:
+    """The edits, activation grids by call site, and corrected call arguments by call site."""
+
+    edits: list[Edit] = field(default_factory=list)
+    grids: dict[str, Grid] = field(default_factory=dict)
+    constants: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def spec(self) -> dict[str, Any]:
+        """The ledger as JSON."""
+        return asdict(self)
+
+
+def ledger(model: nn.Module) -> Ledger:
+    """The ledger of `model`, which is empty at first."""
+    found = model.__dict__.get(NAME)
+    if found is None:
+        found = model.__dict__[NAME] = Ledger()
+    return found

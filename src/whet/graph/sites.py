@@ -1,0 +1,199 @@
+"""Call sites: every torch call of a forward pass, named by module path, operation and order.
+
+A `TorchFunctionMode` sees residual adds, concatenations and matmuls as well as modules, without
+a change in the user's code, and survives `torch.export`. The name of a site is
+`module.path/operation:k` for the k-th such call of that module in one forward pass;
+`input:k` are the network's inputs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from whet.graph.ledger import Grid, Ledger, ledger
+from whet.task import tensors_in
+
+ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "concat": "cat"}
+ALIASES |= {"concatenate": "cat"}
+
+Observer = Callable[[str, str, tuple[Any, ...], Tensor], None]
+
+
+def operation(function: Callable[..., Any]) -> str:
+    """One name for `torch.add`, `Tensor.__iadd__`, `Tensor.add_` and the like."""
+    name = getattr(function, "__name__", type(function).__name__).strip("_")
+    return ALIASES.get(name, name)
+
+
+class SiteMode(TorchFunctionMode):
+    """Names each call, corrects its constants, puts its grid on, and shows it to an observer.
+
+    Args:
+        root: the network whose module paths name the sites.
+        book: its ledger.
+        observe: called as observe(site, operation, args, output) for each tensor made, after
+            the grid; None for none.
+    """
+
+    def __init__(self, root: nn.Module, book: Ledger, observe: Observer | None = None) -> None:
+        super().__init__()
+        self.names = {id(module): name for name, module in root.named_modules()}
+        # how a packed weight is made is not part of the network
+        inside = [m for m in root.modules() if isinstance(m, parametrize.ParametrizationList)]
+        self.hidden = {id(part) for each in inside for part in each.modules()}
+        self.book, self.observe = book, observe
+        self.path: list[str | None] = [""]
+        self.seen: Counter[tuple[str, str]] = Counter()
+        self.handles: list[Any] = []
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> SiteMode:
+        self.handles = [
+            register_module_forward_pre_hook(self._down),
+            register_module_forward_hook(self._up, always_call=True),
+        ]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self.handles:
+            handle.remove()
+        super().__exit__(*error)
+
+    def _down(self, module: nn.Module, _: Any) -> None:
+        if threading.get_ident() == self.thread:
+            known = self.names.get(id(module), self.path[-1])
+            self.path.append(None if id(module) in self.hidden else known)
+
+    def _up(self, module: nn.Module, _: Any, __: Any) -> None:
+        # the root's own pre-hook opened this mode, so its closing call has nothing to pop
+        if threading.get_ident() == self.thread and len(self.path) > 1:
+            self.path.pop()
+
+    def made(self, site: str, op: str, args: tuple[Any, ...], out: Any) -> Any:
+        """Put the grid of `site` on its output and show it."""
+        if torch.is_tensor(out):
+            grid = self.book.grids.get(site)
+            if grid is not None:
+                out = grid(out)
+            if self.observe is not None:
+                self.observe(site, op, args, out)
+        return out
+
+    def inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The network's own inputs are sites as well."""
+        return tuple(self.made(f"input:{k}", "input", (), a) for k, a in enumerate(args))
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        op, path = operation(func), self.path[-1]
+        if path is None:
+            return func(*args, **(kwargs or {}))
+        site = f"{path}/{op}:{self.seen[path, op]}" if path else f"{op}:{self.seen[path, op]}"
+        self.seen[path, op] += 1
+        kwargs = dict(kwargs or {})
+        if site in self.book.constants:
+            args, kwargs = corrected(self.book.constants[site], args, kwargs)
+        return self.made(site, op, args + tuple(kwargs.values()), func(*args, **kwargs))
+
+
+def corrected(
+    constants: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Put corrected constants, by position or name, in the arguments of a call."""
+    changed = list(args)
+    for key, value in constants.items():
+        name, position = key.split("@")
+        if int(position) < len(changed):
+            changed[int(position)] = value
+        else:
+            kwargs[name] = value
+    return tuple(changed), kwargs
+
+
+_running = threading.local()
+
+
+def _enter(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    modes = _running.__dict__.setdefault("modes", [])
+    if any(mode.book is ledger(model) for mode in modes):  # an observer's mode is already on
+        modes.append(None)
+        return None
+    mode = SiteMode(model, ledger(model))
+    modes.append(mode)
+    mode.__enter__()
+    return mode.inputs(args)
+
+
+def _exit(model: nn.Module, args: Any, output: Any) -> None:
+    mode = _running.modes.pop()
+    if mode is not None:
+        mode.__exit__(None, None, None)
+
+
+def activate(model: nn.Module) -> None:
+    """Make the grids and constants in the ledger of `model` act whenever it is called."""
+    if _enter not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(_enter)
+        model.register_forward_hook(_exit, always_call=True)
+
+
+def observed(model: nn.Module, args: tuple[Any, ...], observe: Observer) -> Any:
+    """Call the model with every site shown to `observe(site, operation, args, output)`."""
+    mode = SiteMode(model, ledger(model), observe)
+    modes = _running.__dict__.setdefault("modes", [])
+    modes.append(mode)
+    try:
+        with mode:
+            return model(*mode.inputs(args))
+    finally:
+        modes.pop()
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the forward pass.
+
+    Args:
+        site: its name.
+        op: the operation.
+        path: the module that made it.
+        sources: the sites of its tensor arguments; "?" for what no call made (parameters).
+        shape: of its output.
+    """
+
+    site: str
+    op: str
+    path: str
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+
+
+@torch.no_grad()
+def calls(model: nn.Module, example: tuple[Any, ...]) -> list[Call]:
+    """Every call that makes a tensor, in order, with the calls that made its arguments."""
+    maker: dict[int, str] = {}
+    alive: list[Any] = []
+    found: list[Call] = []
+
+    def note(site: str, op: str, args: tuple[Any, ...], out: Tensor) -> None:
+        sources = tuple(maker.get(id(t), "?") for t in tensors_in(args))
+        path = site.rpartition("/")[0]
+        found.append(Call(site, op, path, sources, tuple(out.shape)))
+        alive.append(out)
+        maker[id(out)] = site
+
+    mode = model.training
+    observed(model.eval(), example, note)
+    model.train(mode)
+    return found

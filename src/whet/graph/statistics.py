@@ -1,0 +1,167 @@
+"""Statistics of activations, gathered in one streamed sweep over the calibration batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from whet import numerics
+from whet.graph import sites
+from whet.task import Batches, as_arguments, limited
+
+BINS = 2048
+
+
+@dataclass
+class Histogram:
+    """A histogram whose range doubles when a value falls outside; memory stays constant.
+
+    Counts stand for values in [-bound, bound]. `low` and `high` are the exact extremes.
+    """
+
+    bound: float = 0.0
+    low: float = math.inf
+    high: float = -math.inf
+    counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
+
+    def add(self, x: Tensor) -> None:
+        """Count the values of `x`."""
+        x = x.detach().float().reshape(-1)
+        low, high = (float(v) for v in torch.aminmax(x))
+        self.low, self.high = min(self.low, low), max(self.high, high)
+        reach = max(-low, high)
+        if self.bound == 0.0:
+            self.bound = reach if reach > 0 else 1.0
+        while reach > self.bound:
+            self._double()
+        self.counts += torch.histc(x, BINS, -self.bound, self.bound).double()
+
+    def _double(self) -> None:
+        """Merge neighbours in pairs into the middle half of a range twice as wide."""
+        pairs = self.counts.reshape(-1, 2).sum(dim=1)
+        self.counts = torch.zeros_like(self.counts)
+        self.counts[BINS // 4 : 3 * BINS // 4] = pairs
+        self.bound *= 2
+
+    def centres(self) -> Tensor:
+        """The middle of each bin, [BINS]."""
+        step = 2 * self.bound / BINS
+        return -self.bound + step * (torch.arange(BINS, dtype=torch.float64) + 0.5)
+
+    def minmax(self) -> tuple[float, float]:
+        """The exact range."""
+        return self.low, self.high
+
+    def percentile(self, share: float) -> tuple[float, float]:
+        """The range without (1 - share) / 2 of the values at either end, share in (0, 1]."""
+        total = self.counts.cumsum(0) / self.counts.sum()
+        tail = (1 - share) / 2
+        centres = self.centres()
+        low = float(centres[int((total > tail).nonzero()[0])])
+        high = float(centres[int((total >= 1 - tail).nonzero()[0])])
+        return max(self.low, low), min(self.high, high)
+
+    def least_squares(self, bits: int, steps: int = 64) -> tuple[float, float]:
+        """The range whose affine grid of `bits` bits has the least squared error.
+
+        Both ends shrink towards zero together, from the exact range to a quarter of it; the exact
+        range is tried too, so the result is never worse than `minmax` on the histogram.
+        """
+        x, best, least = self.centres(), self.minmax(), math.inf
+        for step in range(steps + 1):
+            share = 1 - 0.75 * step / steps
+            low, high = self.low * share, self.high * share
+            scale, zero = numerics.affine_scale(low, high, bits)
+            s, z = torch.tensor(scale).double(), torch.tensor(zero).double()
+            q = numerics.quantize(x, s, z, *numerics.integer_range(bits, symmetric=False))
+            error = float(((numerics.dequantize(q, s, z) - x).square() * self.counts).sum())
+            if error < least:
+                best, least = (low, high), error
+        return best
+
+
+@torch.no_grad()
+def sweep(
+    model: nn.Module,
+    batches: Batches,
+    show: sites.Observer,
+    examples: int | None = None,
+    tell: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Run the calibration batches once, in eval mode, with every site shown to `show`."""
+    mode = model.training
+    model.eval()
+    for done, (inputs, _) in enumerate(limited(batches, examples)):
+        sites.observed(model, as_arguments(inputs), show)
+        tell(done + 1)
+    model.train(mode)
+
+
+def histograms(
+    model: nn.Module, batches: Batches, wanted: Collection[str], examples: int | None = None
+) -> dict[str, Histogram]:
+    """A histogram of the values made at each of the `wanted` sites."""
+    found = {site: Histogram() for site in wanted}
+
+    def show(site: str, op: str, args: tuple[object, ...], out: Tensor) -> None:
+        if site in found:
+            found[site].add(out)
+
+    sweep(model, batches, show, examples)
+    return found
+
+
+def input_means(
+    model: nn.Module, batches: Batches, operations: Collection[str], examples: int | None = None
+) -> dict[str, Tensor]:
+    """E[x] of each input channel of the convolutions and linear layers, by module path.
+
+    Channels are dimension 1 of a convolution's input and the last of a linear layer's.
+    """
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+
+    def show(site: str, op: str, args: tuple[object, ...], out: Tensor) -> None:
+        if op not in operations or not isinstance(args[0], Tensor):
+            return
+        path, x = site.rpartition("/")[0], args[0].detach()
+        channel = x.ndim - 1 if op == "linear" else 1
+        rows = x.movedim(channel, 0).reshape(x.shape[channel], -1).double()
+        sums[path] = sums.get(path, torch.zeros(len(rows)).double()) + rows.sum(dim=1)
+        seen[path] = seen.get(path, 0) + rows.shape[1]
+
+    sweep(model, batches, show, examples)
+    return {path: (total / seen[path]).float() for path, total in sums.items()}
+
+
+@torch.no_grad()
+def reestimate_batchnorm(model: nn.Module, batches: Batches, examples: int | None = None) -> int:
+    """Set every BatchNorm's running statistics to the mean over `batches`.
+
+    After a cut the old statistics describe activations that no longer exist.
+
+    Returns:
+        How many BatchNorms were re-estimated.
+    """
+    norms = [
+        m for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    if not norms:
+        return 0
+    mode, momenta = model.training, [n.momentum for n in norms]
+    model.eval()
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # cumulative mean
+        norm.train()
+    for inputs, _ in limited(batches, examples):
+        model(*as_arguments(inputs))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.train(mode)
+    return len(norms)

@@ -1,0 +1,249 @@
+"""Structural edits: each is done on the network and written to its ledger, so that it replays.
+
+Only two kinds exist: "take" keeps slices of a parameter or buffer (packed or not) and corrects
+the attributes of its module; "replace" puts one of a few known modules in a module's place.
+Constants of calls (a pad that feeds a residual add) are corrected at their call site.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from whet import packed
+from whet.errors import Damaged, nearest
+from whet.graph import sites
+from whet.graph.ledger import Edit, Grid, ledger
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+MOST_ELEMENTS = 2**33
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """("layer1.0.conv1", "weight") from "layer1.0.conv1.weight"."""
+    path, _, leaf = name.rpartition(".")
+    return path, leaf
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter, buffer or packed weight called `name`."""
+    path, leaf = split_name(name)
+    return getattr(model.get_submodule(path), leaf)
+
+
+def take(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
+    """Keep the slices `keep` of dimension `dim` of the tensor `name`, and write it down."""
+    path, leaf = split_name(name)
+    module = model.get_submodule(path)
+    index = torch.tensor(keep, dtype=torch.long)
+    form = packed.form_of(module, leaf)
+    if form is not None:
+        form.take(dim, index)
+    else:
+        old = getattr(module, leaf)
+        new = old.detach().index_select(dim, index)
+        if isinstance(old, nn.Parameter):
+            setattr(module, leaf, nn.Parameter(new, old.requires_grad))
+        else:
+            setattr(module, leaf, new)
+    _correct_attributes(module)
+    ledger(model).edits.append(Edit("take", name, {"dim": dim, "keep": list(keep)}))
+
+
+def _correct_attributes(module: nn.Module) -> None:
+    """Make the sizes a module states the sizes its tensors have."""
+    if isinstance(module, CONVOLUTIONS):
+        out, each = module.weight.shape[:2]
+        if module.groups == module.in_channels and module.groups > 1:  # depthwise
+            module.groups = out // (module.out_channels // module.groups)
+        module.out_channels, module.in_channels = out, each * module.groups
+    elif isinstance(module, TRANSPOSED):
+        module.in_channels = module.weight.shape[0]
+        module.out_channels = module.weight.shape[1] * module.groups
+    elif isinstance(module, nn.Linear):
+        module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, NORMS):
+        known = module.weight if module.weight is not None else module.running_mean
+        module.num_features = len(known) if known is not None else module.num_features
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(module.weight)
+    elif isinstance(module, nn.LayerNorm):
+        module.normalized_shape = tuple(module.weight.shape)
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """One of the modules that surgery may put in place, as JSON without its weights."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Linear):
+        bias = module.bias is not None
+        return {"type": kind, "in": module.in_features, "out": module.out_features, "bias": bias}
+    if isinstance(module, CONVOLUTIONS):
+        return {
+            "type": kind,
+            "in": module.in_channels,
+            "out": module.out_channels,
+            "bias": module.bias is not None,
+            "kernel_size": list(module.kernel_size),
+            "stride": list(module.stride),
+            "padding": module.padding if isinstance(module.padding, str) else list(module.padding),
+            "dilation": list(module.dilation),
+            "groups": module.groups,
+            "padding_mode": module.padding_mode,
+        }
+    if isinstance(module, nn.Sequential):
+        return {"type": kind, "children": [describe(child) for child in module]}
+    if isinstance(module, nn.Identity):
+        return {"type": kind}
+    raise TypeError(f"surgery does not place modules of type {kind}")
+
+
+def construct(spec: Mapping[str, Any]) -> nn.Module:
+    """Build the module that `describe` described.
+
+    Raises:
+        Damaged: the description is not one that `describe` writes.
+    """
+    kind = spec.get("type")
+    if kind == "Identity":
+        return nn.Identity()
+    if kind == "Sequential":
+        return nn.Sequential(*[construct(child) for child in spec["children"]])
+    classes = {c.__name__: c for c in (nn.Linear, *CONVOLUTIONS)}
+    if kind not in classes:
+        raise Damaged(
+            "replay an edit", f"it places a {kind!r}", nearest(str(kind), [*classes, "Identity"])
+        )
+    sizes = int(spec["in"]), int(spec["out"])
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
+    options = {k: v for k, v in options.items() if k not in ("type", "in", "out")}
+    elements = sizes[0] * sizes[1]
+    for edge in options.get("kernel_size", ()):
+        elements *= edge
+    if min(sizes) < 1 or elements > MOST_ELEMENTS:
+        raise Damaged("replay an edit", f"a {kind} of {sizes} is asked for", "Do not trust the file.")
+    return classes[kind](*sizes, **options)
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where `path` is, and write it down."""
+    spec = describe(module)
+    old = model.get_submodule(path)
+    _put(model, path, module.train(old.training))
+    ledger(model).edits.append(Edit("replace", path, spec))
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, leaf = split_name(path)
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def set_constant(model: nn.Module, site: str, argument: str, value: Any) -> None:
+    """Give the call at `site` another constant; `argument` is "name@position"."""
+    ledger(model).constants.setdefault(site, {})[argument] = value
+    sites.activate(model)
+
+
+def set_grids(model: nn.Module, grids: Mapping[str, Grid]) -> None:
+    """Put activation grids at call sites."""
+    ledger(model).grids.update(grids)
+    sites.activate(model)
+
+
+def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
+    """Do on a fresh instance what `book`, a ledger's spec, says; weights keep arbitrary values.
+
+    Raises:
+        Damaged: an edit does not fit this network.
+    """
+    for edit in book.get("edits", ()):
+        try:
+            if edit["kind"] == "take":
+                arguments = edit["arguments"]
+                take(model, edit["path"], int(arguments["dim"]), [int(k) for k in arguments["keep"]])
+            elif edit["kind"] == "replace":
+                replace(model, edit["path"], construct(edit["arguments"]))
+            else:
+                raise KeyError(edit["kind"])
+        except (KeyError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise Damaged(
+                f"replay the edit {edit.get('kind')!r} of {edit.get('path')!r} on {type(model).__name__}",
+                f"it does not fit: {error}",
+                "Give a fresh instance of the class that was compressed, built with the same arguments.",
+            ) from error
+    set_grids(model, {s: Grid(**g) for s, g in book.get("grids", {}).items()})
+    for site, constants in book.get("constants", {}).items():
+        for argument, value in constants.items():
+            set_constant(model, site, argument, value)
+    if not ledger(model).grids and not ledger(model).constants:
+        return
+    sites.activate(model)
+
+
+@torch.no_grad()
+def fold_batchnorm(model: nn.Module, conv_path: str, norm_path: str) -> None:
+    """w' = gamma / sqrt(var + eps) * w,  b' = gamma (b - mean) / sqrt(var + eps) + beta.
+
+    The convolution or linear layer takes the scale and shift of the BatchNorm behind it, which
+    becomes an identity. Exact in eval mode.
+    """
+    conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
+    root = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    gamma = norm.weight if norm.weight is not None else torch.ones_like(root)
+    beta = norm.bias if norm.bias is not None else torch.zeros_like(root)
+    bias = conv.bias if conv.bias is not None else torch.zeros_like(root)
+    factor = gamma * root
+    weight = conv.weight * factor.reshape([-1] + [1] * (conv.weight.ndim - 1))  # type: ignore
+    twin = construct(describe(conv) | {"bias": True}).to(conv.weight.dtype)  # type: ignore
+    twin.weight.copy_(weight)  # type: ignore[union-attr]
+    twin.bias.copy_((bias - norm.running_mean) * factor + beta)  # type: ignore[operator, union-attr]
+    form = packed.form_of(conv)
+    if form is not None:
+        packed.install(twin, "weight", _scaled(form, weight))
+    replace(model, conv_path, twin)
+    replace(model, norm_path, nn.Identity())
+
+
+def _scaled(form: packed.Packed, weight: Tensor) -> packed.Packed:
+    """A mask stays a mask when its channels are scaled."""
+    support = form.support()
+    return packed.Dense(weight) if support is None else packed.Sparse(packed.Dense(weight), support)
+
+
+def parameters_of(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Every distinct weight by full name, packed ones as their dense value."""
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, (parametrize.ParametrizationList, packed.Packed)):
+            continue
+        names = list(module._parameters) + list(getattr(module, "parametrizations", {}))
+        for name in names:
+            key = id(module._parameters.get(name, module))
+            value = getattr(module, name)
+            if value is None or (key in seen and name in module._parameters):
+                continue
+            seen.add(key)
+            yield (f"{path}.{name}" if path else name), value.detach()
+
+
+def structure(model: nn.Module) -> dict[str, Any]:
+    """Everything but numbers: the ledger, and the forms with their shapes."""
+    shapes = {
+        (f"{path}.{name}" if path else name): {
+            "spec": form.spec(),
+            "shape": list(getattr(model.get_submodule(path), name).shape),
+        }
+        for path, name, form in packed.forms(model)
+    }
+    return ledger(model).spec() | {"forms": shapes}
+
+

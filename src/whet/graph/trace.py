@@ -1,0 +1,91 @@
+"""The network as `torch.export` sees it: ATen calls with shapes, parameters and module paths."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from whet import packed
+from whet.errors import BadInput
+
+
+def baked(model: nn.Module) -> tuple[nn.Module, dict[str, packed.Packed]]:
+    """A copy in eval mode whose forms are ordinary weights again, and those forms by name."""
+    twin = copy.deepcopy(model).eval()
+    forms = packed.bake(twin)
+    return twin.requires_grad_(False), forms
+
+
+def export(model: nn.Module, example: tuple[Any, ...]) -> ExportedProgram:
+    """Run `torch.export` on a network without forms.
+
+    Raises:
+        BadInput: the network's Python cannot be traced, with torch's own reason.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with torch.no_grad():
+                return torch.export.export(model, example, strict=False)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+            raise BadInput(
+                f"trace {type(model).__name__} with torch.export",
+                f"it raised {type(error).__name__}: {reason}",
+                "Make forward free of branches on values; torch.export's own report says where.",
+            ) from error
+
+
+def module_path(node: Node) -> str:
+    """The path of the module whose forward made this call."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return list(stack.values())[-1][0] if stack else ""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """An exported program with its parameters by name.
+
+    Args:
+        program: what torch.export gave.
+        tensors: parameter or buffer name of each placeholder node that stands for one.
+        inputs: the placeholder nodes that are the network's own inputs.
+    """
+
+    program: ExportedProgram
+    tensors: dict[str, str]
+    inputs: tuple[str, ...]
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The calls and placeholders in order."""
+        return list(self.program.graph.nodes)
+
+
+def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
+    """Trace `model` as it would be deployed (forms as plain weights, eval mode)."""
+    program = export(baked(model)[0], example)
+    signature = program.graph_signature
+    tensors = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
+    return Trace(program, tensors, tuple(signature.user_inputs))  # type: ignore[arg-type]
+
+
+def macs(model: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:
+    """Multiply-accumulates of one call by module path; "" is the whole network."""
+    twin, _ = baked(model)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        twin(*example)
+    counts: dict[str, int] = {}
+    for name, by_op in counter.get_flop_counts().items():
+        path = "" if name == "Global" else name.partition(".")[2]
+        if name == "Global" or path:
+            counts[path] = sum(by_op.values()) // 2
+    return counts

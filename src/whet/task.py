@@ -1,0 +1,268 @@
+"""What the user brings: a network, an example, data, a loss and a metric."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whet.errors import BadInput
+
+Batch = tuple[Any, Any]
+Batches = Iterable[Batch]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How good outputs are.
+
+    Args:
+        name: what to call it.
+        measure: (outputs, labels) -> the mean over the batch, a number or 0-d tensor.
+        better: "higher" or "lower".
+        unit: "%" for a fraction that is shown as percent, else what it is measured in.
+    """
+
+    name: str
+    measure: Callable[[Any, Any], Any]
+    better: str = "higher"
+    unit: str = ""
+
+    def drop(self, before: float, after: float) -> float:
+        """How much worse `after` is than `before`; negative where it is better."""
+        return before - after if self.better == "higher" else after - before
+
+
+def top1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The share of rows whose largest output stands at the label's place."""
+    return (outputs.argmax(dim=1) == labels).float().mean()
+
+
+ACCURACY = Metric("accuracy", top1, "higher", "%")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Everything whet knows of the user's problem.
+
+    Args:
+        model: the trained network; never changed.
+        example: the positional inputs of one call, with the batch size to deploy.
+        train: batches (inputs, labels); any re-iterable: a DataLoader, a list.
+        validation: batches that decisions may look at.
+        test: batches for the final figures, read once for the original and once for the result.
+        calibration: batches for statistics; labels are ignored; default: `train`.
+        loss: (outputs, labels) -> 0-d tensor; default cross-entropy for integer labels.
+        metric: a Metric, or a function (outputs, labels) -> batch mean, higher is better.
+        name: what reports call it.
+
+    What is absent switches off the techniques that need it.
+    """
+
+    model: nn.Module
+    example: tuple[Any, ...]
+    train: Batches | None = None
+    validation: Batches | None = None
+    test: Batches | None = None
+    calibration: Batches | None = None
+    loss: Callable[[Any, Any], Tensor] = F.cross_entropy
+    metric: Metric | Callable[[Any, Any], Any] = ACCURACY
+    name: str = "task"
+
+    @property
+    def measure(self) -> Metric:
+        """The metric, wrapped where the user gave a plain function."""
+        if isinstance(self.metric, Metric):
+            return self.metric
+        return Metric(getattr(self.metric, "__name__", "metric"), self.metric)
+
+    def statistics(self) -> Batches | None:
+        """Batches to take statistics from: calibration, else training data."""
+        return self.calibration if self.calibration is not None else self.train
+
+    def final(self) -> tuple[str, Batches | None]:
+        """The split that final figures come from, with its name."""
+        return ("test", self.test) if self.test is not None else ("validation", self.validation)
+
+    def check(self) -> None:
+        """Look at everything once, before any work.
+
+        Raises:
+            BadInput: the first thing that cannot be used, with what to do about it.
+        """
+        if not isinstance(self.model, nn.Module):
+            raise BadInput(
+                "compress a network",
+                f"Task.model is {type(self.model).__name__}",
+                "Give a torch.nn.Module.",
+            )
+        if not isinstance(self.example, tuple):
+            raise BadInput(
+                "call the network",
+                f"Task.example is {type(self.example).__name__}",
+                "Give a tuple of positional inputs, (x,) for one.",
+            )
+        for name, value in self.model.state_dict().items():
+            if torch.is_tensor(value) and not _finite(value):
+                raise BadInput(
+                    "compress the network",
+                    f"the weight {name!r} holds NaN or infinite values",
+                    "Train it again or repair the checkpoint; nothing can be measured on it.",
+                )
+        if not all(_finite(t) for t in tensors_in(self.example)):
+            raise BadInput(
+                "call the network on Task.example", "it holds NaN or infinite values", "Give real data."
+            )
+        outputs = self._try(self.example, "Task.example")
+        for split in ("train", "validation", "test", "calibration"):
+            batches = getattr(self, split)
+            if batches is not None:
+                self._check_split(split, batches, outputs)
+
+    def _try(self, inputs: tuple[Any, ...], what: str) -> Any:
+        mode = self.model.training
+        try:
+            with torch.no_grad():
+                outputs = self.model.eval()(*inputs)
+        except Exception as error:
+            shapes = ", ".join(str(list(t.shape)) for t in tensors_in(inputs)) or "no tensor"
+            raise BadInput(
+                f"call the network on {what} (shapes {shapes})",
+                f"it raised {type(error).__name__}: {error}",
+                "Give inputs that the network's forward accepts, as a tuple.",
+            ) from error
+        finally:
+            self.model.train(mode)
+        if not all(_finite(t) for t in tensors_in(outputs)):
+            raise BadInput(
+                f"call the network on {what}",
+                "its outputs hold NaN or infinite values",
+                "Check the weights and the scaling of the input.",
+            )
+        return outputs
+
+    def _check_split(self, split: str, batches: Batches, outputs: Any) -> None:
+        if iter(batches) is batches:
+            raise BadInput(
+                f"read Task.{split} more than once",
+                "it is an iterator, which is empty after one pass",
+                "Give a list or a DataLoader, not a generator.",
+            )
+        first = next(iter(batches), None)
+        if first is None:
+            raise BadInput(f"read Task.{split}", "it has no batch", "Give at least one batch.")
+        if not (isinstance(first, (tuple, list)) and len(first) == 2):
+            raise BadInput(
+                f"read Task.{split}",
+                f"a batch is {type(first).__name__}",
+                "Give pairs (inputs, labels); labels may be None in calibration.",
+            )
+        inputs, labels = first
+        if not all(_finite(t) for t in tensors_in(inputs)):
+            raise BadInput(
+                f"read Task.{split}", "the first batch holds NaN or infinite inputs", "Clean the data."
+            )
+        got = self._try(as_arguments(inputs), f"the first batch of Task.{split}")
+        if split == "calibration":
+            return
+        self._check_labels(split, labels, got)
+        loss = self.loss(got, labels)
+        if not torch.is_tensor(loss) or loss.ndim != 0 or not bool(torch.isfinite(loss)):
+            raise BadInput(
+                f"compute Task.loss on the first batch of Task.{split}",
+                f"it gave {loss!r}",
+                "Give a function (outputs, labels) -> one finite 0-d tensor.",
+            )
+
+    def _check_labels(self, split: str, labels: Any, outputs: Any) -> None:
+        if self.loss is not F.cross_entropy or not torch.is_tensor(labels) or labels.ndim != 1:
+            return
+        classes = outputs.shape[1]
+        low, high = int(labels.min()), int(labels.max())
+        if labels.dtype.is_floating_point or low < 0 or high >= classes:
+            raise BadInput(
+                f"compare the outputs with the labels of Task.{split}",
+                f"labels run from {low} to {high} ({labels.dtype}), the network has {classes} outputs",
+                "Give integer labels from 0 to outputs - 1, or a loss and metric of your own.",
+            )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def as_arguments(inputs: Any) -> tuple[Any, ...]:
+    """The positional arguments of a call from a batch's `inputs`: a tuple stays one."""
+    return tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists and dicts, in order."""
+    if torch.is_tensor(value):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+
+
+def batch_size(inputs: Any) -> int:
+    """The size of dimension 0 of the first tensor in `inputs`."""
+    first = next(tensors_in(inputs), None)
+    return int(first.shape[0]) if first is not None and first.ndim else 1
+
+
+def count(batches: Batches) -> int | None:
+    """How many batches there are, or None where that is not known."""
+    return len(batches) if hasattr(batches, "__len__") else None  # type: ignore[arg-type]
+
+
+def limited(batches: Batches, examples: int | None) -> Iterator[Batch]:
+    """Batches until `examples` examples have come, the last one shortened; None for all."""
+    left = examples
+    for inputs, labels in batches:
+        if left is not None and left <= 0:
+            return
+        size = batch_size(inputs)
+        if left is not None and size > left:
+            inputs, labels = first_rows(inputs, left), first_rows(labels, left)
+        yield inputs, labels
+        left = None if left is None else left - size
+
+
+def first_rows(value: Any, rows: int) -> Any:
+    """The first `rows` rows of every tensor in nested tuples, lists and dicts."""
+    if torch.is_tensor(value):
+        return value[:rows]
+    if isinstance(value, dict):
+        return {key: first_rows(item, rows) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(first_rows(item, rows) for item in value)
+    return value
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, batches: Batches, metric: Metric) -> float:
+    """The metric's mean over all examples of `batches`, the model in eval mode.
+
+    Raises:
+        BadInput: no batch, or outputs that are not finite.
+    """
+    mode = model.training
+    model.eval()
+    total, seen = 0.0, 0
+    for inputs, labels in batches:
+        outputs = model(*as_arguments(inputs))
+        size = batch_size(inputs)
+        total += float(metric.measure(outputs, labels)) * size
+        seen += size
+    model.train(mode)
+    if not seen:
+        raise BadInput("evaluate the network", "there is no batch", "Give at least one batch.")
+    return total / seen

@@ -1,0 +1,1 @@
+"""The techniques, one a file, strangers to each other."""

@@ -1,0 +1,1 @@
+"""Training, from labels or from a teacher."""

@@ -1,0 +1,1 @@
+"""Fewer operations for the same function."""

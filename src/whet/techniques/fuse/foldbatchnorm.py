@@ -1,0 +1,34 @@
+"""FoldBatchNorm: a BatchNorm's scale and shift move into the layer in front of it.
+
+    w' = gamma / sqrt(var + eps) * w
+    b' = gamma (b - mean) / sqrt(var + eps) + beta
+
+Paper: Jacob et al. 2017, section 3.2 (folding for inference).
+Helps when: always at deployment; int8 needs it, since the grid must see the final weights.
+Hurts when: training follows (a network without BatchNorm trains less well): put it after the
+    last training step.
+Needs: nothing. Costs: nothing; exact in eval mode up to float rounding.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from whet import packed
+from whet.errors import Refused
+from whet.graph import folding
+from whet.graph.ledger import Grid
+from whet.technique import Technique, Work
+
+
+class FoldBatchNorm(Technique):
+    """Fold every BatchNorm that directly follows a convolution or linear layer."""
+
+    spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, Grid})
+
+    def apply(self, work: Work) -> None:
+        folded, left = folding.fold_all(work.model, work.task.example)
+        work.notes += [f"{path} stays: {reason}." for path, reason in left]
+        if not folded:
+            raise Refused("FoldBatchNorm", "no BatchNorm follows a layer it could fold into", "Drop it.")
+        work.notes.append(f"folded {len(folded)} BatchNorms.")

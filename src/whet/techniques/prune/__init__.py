@@ -1,0 +1,1 @@
+"""Fewer weights, channels and layers."""
