@@ -1,1 +1,47 @@
 """whet: a trained PyTorch network goes in; a smaller, faster, proven one comes out."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# names are loaded when asked for: the processes that run runtimes import whet without torch
+_HOMES = {
+    "Metric": "whet.task",
+    "Recipe": "whet.recipe",
+    "Result": "whet.runner",
+    "Settings": "whet.runner",
+    "Task": "whet.task",
+    "WhetError": "whet.errors",
+    "apply": "whet.runner",
+    "load": "whet.artifact",
+    "save": "whet.artifact",
+    "technique": "whet.catalog",
+    "Goals": "whet.measure.goals",
+}
+__all__ = [*sorted(_HOMES), "__version__"]
+
+if TYPE_CHECKING:
+    from whet.artifact import load as load
+    from whet.artifact import save as save
+    from whet.catalog import technique as technique
+    from whet.errors import WhetError as WhetError
+    from whet.measure.goals import Goals as Goals
+    from whet.recipe import Recipe as Recipe
+    from whet.runner import Result as Result
+    from whet.runner import Settings as Settings
+    from whet.runner import apply as apply
+    from whet.task import Metric as Metric
+    from whet.task import Task as Task
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'whet' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -326,6 +326,24 @@ def restore(spec: Mapping[str, Any], parts: Mapping[str, Tensor], shape: list[in
     return _build(spec, parts, latent, mask)
 
 
+def from_state(spec: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str) -> Packed:
+    """Build the form that `spec` describes from a `state_dict`, latent values included."""
+    if spec["form"] == "Dense":
+        value = state[f"{prefix}value"]
+        return Dense(value, trains=value.is_floating_point())
+    inner = from_state(spec["inner"], state, f"{prefix}inner.")
+    if spec["form"] == "Sparse":
+        return Sparse(inner, state[f"{prefix}mask"])
+    return Affine(
+        inner,
+        state[f"{prefix}scale"],
+        state[f"{prefix}zero_point"],
+        bits_wide=int(spec["bits"]),
+        symmetric=bool(spec["symmetric"]),
+        axis=spec["axis"],
+    )
+
+
 def _damaged(found: str) -> Damaged:
     return Damaged("rebuild a weight", found, "The file is damaged; get it again.")
 

@@ -81,9 +81,14 @@ def _correct_attributes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
+def plain(module: nn.Module) -> bool:
+    """Whether `module` is exactly one of torch's linear or convolutional layers."""
+    return parametrize.type_before_parametrizations(module) in (nn.Linear, *CONVOLUTIONS)
+
+
 def describe(module: nn.Module) -> dict[str, Any]:
     """One of the modules that surgery may put in place, as JSON without its weights."""
-    kind = type(module).__name__
+    kind = parametrize.type_before_parametrizations(module).__name__
     if isinstance(module, nn.Linear):
         bias = module.bias is not None
         return {"type": kind, "in": module.in_features, "out": module.out_features, "bias": bias}

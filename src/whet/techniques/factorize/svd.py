@@ -75,8 +75,8 @@ def truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def factorable(module: nn.Module) -> bool:
     """A linear layer or an ungrouped convolution of kernel 1 without padding."""
-    if isinstance(module, nn.Linear):
-        return True
+    if not surgery.plain(module) or isinstance(module, nn.Linear):
+        return surgery.plain(module)
     return (
         isinstance(module, surgery.CONVOLUTIONS)
         and module.groups == 1

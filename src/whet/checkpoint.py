@@ -1,0 +1,59 @@
+"""Checkpoints: the whole state after a step, so that an interrupted run goes on to the same bytes.
+
+Unlike model.whet a checkpoint keeps latent values, since later steps may train them. Each one is
+a folder that appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from whet import packed
+from whet.errors import Damaged
+from whet.graph import surgery
+
+
+def write(folder: Path, model: nn.Module, reading: dict[str, Any]) -> None:
+    """Write `model` and what was measured of it as the folder `folder`."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    state = {name: t.detach().contiguous().clone() for name, t in model.state_dict().items()}
+    save_file(state, partial / "state.safetensors")
+    (partial / "structure.json").write_text(json.dumps(surgery.structure(model)))
+    (partial / "reading.json").write_text(json.dumps(reading))
+    os.replace(partial, folder)
+
+
+def read(folder: Path, fresh: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and reading of a checkpoint; `fresh` is the uncompressed network, unchanged.
+
+    Raises:
+        Damaged: it does not belong to this network.
+    """
+    model = copy.deepcopy(fresh)
+    try:
+        structure = json.loads((folder / "structure.json").read_text())
+        state = load_file(folder / "state.safetensors")
+        surgery.replay(model, structure)
+        for name, entry in structure["forms"].items():
+            path, leaf = surgery.split_name(name)
+            prefix = f"{path}.parametrizations.{leaf}.0." if path else f"parametrizations.{leaf}.0."
+            form = packed.from_state(entry["spec"], state, prefix)
+            packed.install(model.get_submodule(path), leaf, form)
+        model.load_state_dict(state)
+        return model.eval(), json.loads((folder / "reading.json").read_text())
+    except (OSError, KeyError, RuntimeError, ValueError) as error:
+        raise Damaged(
+            f"resume from {folder}",
+            f"the checkpoint does not fit this network ({error})",
+            "Start again without --resume.",
+        ) from error

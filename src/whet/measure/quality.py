@@ -1,0 +1,211 @@
+"""Quality: the metric on the deployed file, and whether that file computes what PyTorch does."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from whet.errors import Disagrees
+from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.target import Target
+from whet.task import Batches, Metric, as_arguments, batch_size, limited, tensors_in
+
+# root mean square of the difference / root mean square of the outputs. On integers a rounding
+# that falls the other way moves a value by a whole step, and steps add up over the layers.
+TOLERANCE_FLOAT = 1e-3
+TOLERANCE_INTEGER = 0.15
+CHUNK = 4096  # examples sent to the runtime at once
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The metric of a deployed file.
+
+    Args:
+        value: the metric.
+        examples: how many.
+        memory_mb: the most memory the runtime took above what it held before loading.
+        kernels: what the runtime ran.
+    """
+
+    value: float
+    examples: int
+    memory_mb: float
+    kernels: dict[str, int]
+
+
+def nest(outputs: list[np.ndarray], like: Any) -> Any:
+    """Flat arrays as tensors in the nest of tuples, lists and dicts that `like` has."""
+    flat = iter(outputs)
+
+    def fill(part: Any) -> Any:
+        if torch.is_tensor(part):
+            return torch.from_numpy(next(flat))
+        if isinstance(part, dict):
+            return {key: fill(item) for key, item in part.items()}
+        if isinstance(part, (tuple, list)):
+            return type(part)(fill(item) for item in part)
+        return part
+
+    return fill(like)
+
+
+def _chunks(batches: Batches, examples: int | None) -> list[list[tuple[Any, Any]]]:
+    chunks: list[list[tuple[Any, Any]]] = [[]]
+    held = 0
+    for batch in limited(batches, examples):
+        if held >= CHUNK:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(batch)
+        held += batch_size(batch[0])
+    return chunks
+
+
+def measure(
+    target: Target,
+    file: Path,
+    task_example: tuple[Any, ...],
+    like: Any,
+    batches: Batches,
+    metric: Metric,
+    *,
+    threads: int,
+    precision: str = "f32",
+    examples: int | None = None,
+) -> Reading:
+    """Run `file` in its runtime over `batches` and take the metric.
+
+    Args:
+        target: the runtime.
+        file: what to run.
+        task_example: inputs with the deployed batch size.
+        like: the network's outputs on them, for their nest.
+        batches: the data.
+        metric: the metric.
+        threads: of the runtime.
+        precision: of the runtime.
+        examples: how many at most; None for all.
+    """
+    total, seen, memory, kernels = 0.0, 0, 0.0, {}
+    for chunk in _chunks(batches, examples):
+        columns = zip(*[as_arrays(as_arguments(x)) for x, _ in chunk], strict=True)
+        arrays = [np.concatenate(column) for column in columns]
+        result = target.job(
+            "run",
+            arrays,
+            file=str(file),
+            threads=threads,
+            precision=precision,
+            batch=batch_size(task_example),
+        )
+        memory, kernels = max(memory, result.said["memory_mb"]), result.said["kernels"]
+        start = 0
+        for inputs, labels in chunk:
+            size = batch_size(inputs)
+            outputs = nest([y[start : start + size] for y in result.outputs], like)
+            total += float(metric.measure(outputs, labels)) * size
+            seen, start = seen + size, start + size
+    return Reading(total / max(seen, 1), seen, memory, kernels)
+
+
+@torch.no_grad()
+def gate(
+    target: Target,
+    file: Path,
+    net: Deployable,
+    model: nn.Module,
+    batches: Batches,
+    *,
+    threads: int,
+    examples: int = 256,
+) -> dict[str, Any]:
+    """Compare the deployed file with the PyTorch network on real data.
+
+    Returns:
+        agreed, max_difference, relative (RMS), agreement (share of equal largest outputs),
+        first_difference (the first layer that differs, or None), int8 {expected, found}.
+    """
+    wanted: list[Tensor] = []
+    inputs: list[list[np.ndarray]] = []
+    model.eval()
+    for x, _ in limited(batches, examples):
+        inputs.append(as_arrays(as_arguments(x)))
+        wanted.append(next(tensors_in(model(*as_arguments(x)))))
+    arrays = [np.concatenate(column) for column in zip(*inputs, strict=True)]
+    batch = batch_size(net.example)
+    result = target.job(
+        "run", arrays, file=str(file), threads=threads, precision="f32", batch=batch
+    )
+    got, want = torch.from_numpy(result.outputs[0]).float(), torch.cat(wanted).float()
+    far = relative(got, want)
+    agreed = far <= (TOLERANCE_INTEGER if net.quantized else TOLERANCE_FLOAT)
+    classes = got.ndim == 2 and got.shape[1] > 1
+    return {
+        "agreed": agreed,
+        "max_difference": float((got - want).abs().max()),
+        "relative": far,
+        "agreement": float((got.argmax(1) == want.argmax(1)).float().mean()) if classes else None,
+        "examples": len(want),
+        "first_difference": None if agreed else first_difference(target, net, threads),
+        "int8": {
+            "expected": net.quantized,
+            "found": target.integer_layers(result.said["kernels"]),
+        },
+    }
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """RMS(got - want) / RMS(want); infinite where the shapes differ or a value is not finite."""
+    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    scale = want.double().square().mean().sqrt().clamp_min(1e-12)
+    return float((got.double() - want.double()).square().mean().sqrt() / scale)
+
+
+def first_difference(target: Target, net: Deployable, threads: int) -> str:
+    """The module whose output is the first that differs between PyTorch and the runtime.
+
+    Inner values become outputs of a temporary copy of the file; both sides run the example.
+    """
+    proto, names = net.revealed()
+    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
+        path = Path(folder) / "revealed.onnx"
+        onnx.save(proto, str(path))
+        result = target.job(
+            "run",
+            as_arrays(net.example),
+            file=str(path),
+            threads=threads,
+            precision="f32",
+            batch=batch_size(net.example),
+        )
+    values = net.values(net.example)
+    tolerance = TOLERANCE_INTEGER if net.quantized else TOLERANCE_FLOAT
+    inner = result.outputs[len(net.proto.graph.output) :]
+    for name, got in zip(names, inner, strict=True):
+        if name in values and relative(torch.from_numpy(got), values[name]) > tolerance:
+            return f"{net.path_of(name) or 'the network itself'} ({name})"
+    return "the network's output"
+
+
+def require_agreement(said: dict[str, Any], target: Target) -> None:
+    """Stop where the deployed file does not compute what the network does.
+
+    Raises:
+        Disagrees: with the first layer that differs.
+    """
+    if not said["agreed"]:
+        raise Disagrees(
+            f"deploy the network to {target.name}",
+            f"its outputs differ from PyTorch's by {said['relative']:.3g} of their size; "
+            f"the first layer that differs is {said['first_difference']}",
+            "Leave that layer out by skip, or use another target.",
+        )

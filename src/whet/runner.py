@@ -1,0 +1,502 @@
+"""Task and recipe in, artefact and readings out, step by step.
+
+The runner checks what techniques declare, so that no technique has to: needs and order before any
+work, promises and finite outputs after every step. Every figure comes from the file that will be
+deployed, in the runtime that will run it.
+"""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from whet import __version__, artifact, catalog, checkpoint, promises
+from whet.errors import BadInput, BrokenPromise, Refused, TargetFailed
+from whet.measure import cost, latency, quality
+from whet.measure.goals import Goals
+from whet.measure.signature import signature
+from whet.recipe import Recipe
+from whet.report.page import page
+from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.target import Target
+from whet.task import Task, batch_size, tensors_in
+from whet.technique import Technique, Work
+
+Tell = Callable[[str, int, int], None]  # (what, done, of)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run and measure.
+
+    Args:
+        target: a target's name, or "auto" for the fastest of those installed.
+        goals: what the result is judged by.
+        threads: of the runtime, when timing.
+        seed: of everything random.
+        rounds: of the final timing; steps take a quarter.
+        step_examples: validation examples for the reading after each step.
+        workspace: where checkpoints live; None for a temporary folder.
+        resume: go on from the checkpoints in `workspace`.
+        tell: progress.
+    """
+
+    target: str = "onnxruntime"
+    goals: Goals = Goals()
+    threads: int = 1
+    seed: int = 0
+    rounds: int = 40
+    step_examples: int = 1000
+    workspace: Path | None = None
+    resume: bool = False
+    tell: Tell = lambda what, done, of: None
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came out.
+
+    Args:
+        model: the compressed network, packed.
+        recipe: what was done.
+        readings: the content of report.json.
+        example: the inputs it was deployed for.
+        files: the deployable files by name, as bytes.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    readings: dict[str, Any]
+    example: tuple[Any, ...]
+    files: dict[str, bytes] = field(repr=False)
+
+    @property
+    def met(self) -> bool:
+        """Whether every goal was met."""
+        return all(goal["met"] for goal in self.readings["goals"])
+
+    def save(self, folder: str | Path, replace: bool = False) -> Path:
+        """Write the output folder, which appears whole or not at all.
+
+        Raises:
+            BadInput: it exists already (and not `replace`), or cannot be written.
+        """
+        folder = Path(folder)
+        free(folder, replace)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        try:
+            for name, data in self.files.items():
+                (partial / name).write_bytes(data)
+            partial.chmod(0o755)
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.replace(partial, folder)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        return folder
+
+
+def free(folder: Path, replace: bool) -> None:
+    """Check, before any work, that the output folder may be written.
+
+    Raises:
+        BadInput: it exists already (and not `replace`), or its parent cannot be written.
+    """
+    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(
+            f"write the result to {folder}",
+            "it exists already",
+            "Choose another folder with -o, or replace it with --force.",
+        )
+    home = folder.absolute().parent
+    while not home.exists():
+        home = home.parent
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise BadInput(f"write the result to {folder}", f"{home} cannot be written", "Choose another.")
+
+
+def unwritable(folder: Path, error: OSError) -> BadInput:
+    """The message for a folder that the system will not let us write."""
+    return BadInput(f"write the result to {folder}", str(error.strerror), "Choose another folder.")
+
+
+def apply(recipe: Recipe, task: Task, settings: Settings | None = None) -> Result:
+    """Apply `recipe` to a copy of the task's network and measure what came out.
+
+    Raises:
+        BadInput: the task, recipe or settings cannot be used; nothing has been done.
+        BrokenPromise: a step undid an earlier one.
+        TargetFailed: the runtime refused or died.
+        Disagrees: the deployed file computes something else.
+    """
+    settings = settings or Settings()
+    settings.goals.limits()
+    targets = _targets(settings.target)
+    task.check()
+    recipe.check(task)
+    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
+        return _Run(task, recipe, settings, targets, Path(folder)).result()
+
+
+def _targets(name: str) -> list[Target]:
+    if name != "auto":
+        return [catalog.target(name)]
+    found = catalog.present()
+    if not found:
+        raise TargetFailed("choose a target", "no runtime is installed", "Run: pip install onnxruntime.")
+    return found
+
+
+def seed_all(seed: int, task: Task) -> None:
+    """Seed everything random, generators inside the user's loaders included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    for batches in (task.train, task.validation, task.calibration):
+        generator = getattr(batches, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+
+
+class _Run:
+    """One run: the original's file, the steps, the final measurement."""
+
+    def __init__(
+        self, task: Task, recipe: Recipe, settings: Settings, targets: list[Target], folder: Path
+    ) -> None:
+        self.task, self.recipe, self.settings, self.folder = task, recipe, settings, folder
+        self.targets, self.target = targets, targets[0]
+        self.batch = batch_size(task.example)
+        self.inputs = as_arrays(task.example)
+        self.parent = copy.deepcopy(task.model).eval()
+        with torch.no_grad():
+            self.like = self.parent(*task.example)
+        self.notes: list[str] = []
+        self.workspace = settings.workspace
+
+    # -- the steps ---------------------------------------------------------------------------
+
+    def result(self) -> Result:
+        """Do everything."""
+        self._claim_workspace()
+        self.settings.tell("original", 0, 1)
+        self.original, self.original_net = self._lower(self.parent, "original")
+        start = {"step": "original"} | self._reading(self.parent, None)
+        model, steps = self.parent, []
+        for place, step in enumerate(self.recipe.steps, start=1):
+            model, said = self._step(model, step, place)
+            steps.append(said)
+        return self._finish(model, start, steps)
+
+    def _claim_workspace(self) -> None:
+        """Checkpoints of another run are never taken for this one's."""
+        if self.workspace is None:
+            return
+        mark = self.workspace / "run.json"
+        mine = {"recipe": self.recipe.yaml(), "seed": self.settings.seed, "whet": __version__}
+        if mark.exists() and self.settings.resume:
+            if json.loads(mark.read_text()) != mine:
+                raise BadInput(
+                    f"resume the run in {self.workspace}",
+                    "it was another recipe, seed or version of whet",
+                    "Start again without --resume.",
+                )
+            return
+        shutil.rmtree(self.workspace, ignore_errors=True)
+        try:
+            self.workspace.mkdir(parents=True)
+            mark.write_text(json.dumps(mine))
+        except OSError as error:
+            raise unwritable(self.workspace, error) from error
+
+    def _step(
+        self, model: nn.Module, step: Technique, place: int
+    ) -> tuple[nn.Module, dict[str, Any]]:
+        saved = None if self.workspace is None else self.workspace / f"step-{place}"
+        label = f"{place}/{len(self.recipe.steps)} {step.name}"
+        if saved is not None and saved.exists():
+            self.settings.tell(f"{label} (resumed)", 1, 1)
+            return checkpoint.read(saved, self.task.model)
+        self.settings.tell(label, 0, 1)
+        seed_all(self.settings.seed * 1000 + place, self.task)
+        work = Work(
+            copy.deepcopy(model),
+            self.parent,
+            self.task,
+            tell=lambda done, of: self.settings.tell(label, done, of),
+        )
+        before, began, refused = promises.promises(model), time.perf_counter(), False
+        try:
+            step.apply(work)
+        except Refused as error:
+            refused, work.model = True, copy.deepcopy(model)
+            work.notes.append(f"refused: {error}")
+        seconds = time.perf_counter() - began
+        promises.check(before, work.model, self.task.example, step.name)
+        said = {
+            "step": step.name,
+            "knobs": step.model_dump(mode="json", exclude_defaults=True),
+            "seconds": seconds,
+            "refused": refused,
+            "notes": work.notes,
+        }
+        if not refused:
+            said |= self._reading(work.model, label)
+        if saved is not None:
+            checkpoint.write(saved, work.model, said)
+        return work.model, said
+
+    # -- readings ----------------------------------------------------------------------------
+
+    def _lower(self, model: nn.Module, stem: str) -> tuple[Path, Deployable]:
+        net = Deployable(model, self.task.example)
+        return self.target.lower(net, self.folder, stem), net
+
+    def _reading(self, model: nn.Module, label: str | None) -> dict[str, Any]:
+        """Metric, size and time of the network as it is now, from its deployed file."""
+        took: dict[str, float] = {}
+
+        def lap(name: str, began: float) -> None:
+            took[name] = round(time.perf_counter() - began, 3)
+
+        began = time.perf_counter()
+        file, net = (
+            (self.original, self.original_net) if label is None else self._lower(model, "step")
+        )
+        lap("export", began)
+        said: dict[str, Any] = cost.totals(model, self.task.example)
+        said["bytes"] = file.stat().st_size
+        said["bytes_packed"] = len(artifact.encode(model, self.task.example))
+        began = time.perf_counter()
+        said["metric"] = self._metric(file)
+        lap("verify", began)
+        began = time.perf_counter()
+        variants = [latency.Variant("original", self.original)]
+        variants += [latency.Variant("now", file)] if label is not None else []
+        times = self._times(variants, max(5, self.settings.rounds // 4))
+        lap("timing", began)
+        said["latency_ms"] = times[variants[-1].name].summary()["median"]
+        if label is not None:
+            said["ratio"] = latency.compare(times["original"], times["now"])
+        return said | {"overhead_seconds": took}
+
+    def _metric(self, file: Path) -> float | None:
+        if self.task.validation is None:
+            return None
+        return quality.measure(
+            self.target,
+            file,
+            self.task.example,
+            self.like,
+            self.task.validation,
+            self.task.measure,
+            threads=_cores(),
+            examples=self.settings.step_examples,
+        ).value
+
+    def _times(self, variants: list[latency.Variant], rounds: int) -> dict[str, latency.Timing]:
+        return latency.time_together(
+            self.target, variants, self.inputs, self.settings.threads, rounds
+        )
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def _finish(
+        self, model: nn.Module, start: dict[str, Any], steps: list[dict[str, Any]]
+    ) -> Result:
+        self.settings.tell("proof", 0, 3)
+        packed_bytes = self._saved(model)
+        file, net = self._lower(model, "model")
+        if len(self.targets) > 1:
+            self._choose_fastest(file)
+        gate = self._gate(file, net, model)
+        self.settings.tell("proof", 1, 3)
+        times = self._final_times(file)
+        ratio = latency.compare(times["original"], times["compressed"])
+        self.settings.tell("proof", 2, 3)
+        before = self._figures(self.parent, self.original, times["original"], None)
+        after = self._figures(model, file, times["compressed"], len(packed_bytes))
+        readings = {
+            "whet": __version__,
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "task": self.task.name,
+            "target": self.target.name,
+            "signature": signature(
+                self.target.package,
+                self.settings.threads,
+                self.settings.seed,
+                self.batch,
+                self.settings.rounds,
+            ),
+            "original": before,
+            "compressed": after,
+            "others": self._others(times),
+            "ratios": self._ratios(before, after, ratio),
+            "start": start,
+            "steps": steps,
+            "layers": self._layers(model, file),
+            "gate": gate,
+            "goals": self.settings.goals.judge(before, after, self.task.measure, ratio["value"]),
+            "notes": self.notes,
+            "recipe": self.recipe.yaml(),
+            "command": f"whet compress {self.task.name} --recipe recipe.yaml"
+            f" --target {self.target.name} -o out/",
+        }
+        files = {
+            "model.whet": packed_bytes,
+            f"model{file.suffix}": file.read_bytes(),
+            "recipe.yaml": self.recipe.yaml().encode(),
+            "report.json": json.dumps(readings, indent=1).encode(),
+            "report.html": page(readings).encode(),
+        }
+        self.settings.tell("proof", 3, 3)
+        return Result(model, self.recipe, readings, self.task.example, files)
+
+    def _saved(self, model: nn.Module) -> bytes:
+        """model.whet, after it was read back both ways and gave the same bits."""
+        data = artifact.encode(model, self.task.example)
+        with torch.no_grad():
+            want = list(tensors_in(model.eval()(*self.task.example)))
+            for into in (copy.deepcopy(self.task.model), None):
+                got = list(tensors_in(artifact.decode(data, into)(*self.task.example)))
+                if not all(torch.equal(a, b) for a, b in zip(want, got, strict=True)):
+                    way = "without its class" if into is None else "into its class"
+                    raise BrokenPromise(
+                        f"read model.whet back {way}",
+                        "its outputs are not bit-identical",
+                        "This is a bug of whet; please report the recipe.",
+                    )
+        return data
+
+    def _choose_fastest(self, file: Path) -> None:
+        """Take the target whose runtime runs the compressed file fastest."""
+        found = {}
+        for target in self.targets:
+            variant = [latency.Variant("compressed", file)]
+            times = latency.time_together(
+                target, variant, self.inputs, self.settings.threads, self.settings.rounds // 2
+            )
+            found[target.name] = times["compressed"].summary()["median"]
+        best = min(found, key=lambda name: found[name])
+        self.target = next(t for t in self.targets if t.name == best)
+        words = ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items())
+        self.notes.append(f"the compressed network takes {words}; {best} is taken.")
+
+    def _gate(self, file: Path, net: Deployable, model: nn.Module) -> dict[str, Any]:
+        batches = self.task.validation or self.task.test or self.task.statistics()
+        if batches is None:
+            self.notes.append("the artefact was compared on Task.example alone: there is no data.")
+            batches = [(self.task.example, None)]
+        said = quality.gate(self.target, file, net, model, batches, threads=_cores())
+        quality.require_agreement(said, self.target)
+        missing = said["int8"]["expected"] - said["int8"]["found"]
+        if missing > 0:
+            self.notes.append(
+                f"{missing} of {said['int8']['expected']} quantized layers run in floating point "
+                f"in {self.target.name}."
+            )
+        return said
+
+    def _final_times(self, file: Path) -> dict[str, latency.Timing]:
+        variants = [latency.Variant("original", self.original), latency.Variant("compressed", file)]
+        for precision in self.target.precisions[1:]:
+            variants.append(latency.Variant(f"original in {precision}", self.original, precision))
+            variants.append(latency.Variant(f"compressed in {precision}", file, precision))
+        return self._times(variants, self.settings.rounds)
+
+    def _others(self, times: dict[str, latency.Timing]) -> list[dict[str, Any]]:
+        others = [n for n in times if n not in ("original", "compressed")]
+        fastest = times["compressed"].summary()["median"]
+        for name in others:
+            if name.startswith("original") and times[name].summary()["median"] <= fastest:
+                self.notes.append(f"the {name} is as fast as the compressed network or faster.")
+        return [{"name": n, "latency_ms": times[n].summary()} for n in others]
+
+    def _figures(
+        self, model: nn.Module, file: Path, timing: latency.Timing, packed_bytes: int | None
+    ) -> dict[str, Any]:
+        split, batches = self.task.final()
+        said: dict[str, Any] = {"metric": None}
+        metric = self.task.measure
+        if batches is not None:
+            reading = quality.measure(
+                self.target, file, self.task.example, self.like, batches, metric, threads=_cores()
+            )
+            said["metric"] = {
+                "name": metric.name,
+                "value": reading.value,
+                "better": metric.better,
+                "unit": metric.unit,
+                "split": split,
+                "examples": reading.examples,
+            }
+            said["memory_mb"] = reading.memory_mb
+        if packed_bytes is None:
+            packed_bytes = len(artifact.encode(model, self.task.example))
+        said |= {"bytes": file.stat().st_size, "bytes_packed": packed_bytes}
+        return said | cost.totals(model, self.task.example) | {"latency_ms": timing.summary()}
+
+    def _ratios(
+        self, before: dict[str, Any], after: dict[str, Any], ratio: dict[str, Any]
+    ) -> dict[str, Any]:
+        ratios: dict[str, Any] = {"latency": ratio}
+        for key in ("bytes", "bytes_packed", "params", "macs", "memory_mb"):
+            if before.get(key) and after.get(key) is not None:
+                ratios[key] = after[key] / before[key]
+        if before["metric"] is not None:
+            values = before["metric"]["value"], after["metric"]["value"]
+            ratios["drop"] = self.task.measure.drop(*values)
+        return ratios
+
+    def _layers(self, model: nn.Module, file: Path) -> list[dict[str, Any]]:
+        old, new = (cost.layers(m, self.task.example) for m in (self.parent, model))
+        times = [self._shares(f) for f in (self.original, file)]
+        rows = []
+        for path in [*old, *(p for p in new if p not in old)]:
+            rows.append(
+                {
+                    "path": path,
+                    "type": (old.get(path) or new[path]).kind,
+                    "before": _row(old.get(path), times[0].get(path)),
+                    "after": _row(new.get(path), times[1].get(path)),
+                    "form": new[path].form if path in new else "",
+                }
+            )
+        return rows
+
+    def _shares(self, file: Path) -> dict[str, float]:
+        said = self.target.job(
+            "layers", self.inputs, file=str(file), threads=self.settings.threads, precision="f32",
+            rounds=10,
+        ).said["milliseconds"]  # fmt: skip
+        total = sum(said.values()) or 1.0
+        return {name.removesuffix("_quant"): ms / total for name, ms in said.items()}
+
+
+def _row(layer: cost.Layer | None, share: float | None) -> dict[str, Any] | None:
+    return None if layer is None else layer.numbers() | {"share": share}
+
+
+def _cores() -> int:
+    """Threads for runs that are not timed."""
+    return max(1, torch.get_num_threads())

@@ -1,0 +1,96 @@
+"""ONNX Runtime on the CPU: the default target, one portable .onnx file."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from whet.optional import require
+from whet.targets.target import Target
+
+if TYPE_CHECKING:
+    from whet.targets.onnxfile import Deployable
+
+INTEGER = frozenset("QLinearConv QLinearMatMul QGemm MatMulInteger ConvInteger".split())
+
+
+class _Session:
+    """An inference session with pinned threads."""
+
+    def __init__(self, path: Path, threads: int, profile: bool = False) -> None:
+        self.ort = require("onnxruntime", "onnxruntime")
+        self.path, self.threads = path, threads
+        self.session = self._open(profile)
+        self.names = [each.name for each in self.session.get_inputs()]
+
+    def _open(self, profile: bool, optimized: str = "") -> Any:
+        options = self.ort.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
+        options.log_severity_level = 3
+        options.enable_profiling = profile
+        if profile:
+            options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
+        if optimized:
+            options.optimized_model_filepath = optimized
+        return self.ort.InferenceSession(
+            str(self.path), options, providers=["CPUExecutionProvider"]
+        )
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return self.session.run(None, dict(zip(self.names, inputs, strict=True)))
+
+    def _profiled(self, inputs: Sequence[np.ndarray], rounds: int) -> list[dict[str, Any]]:
+        session = self._open(profile=True)
+        for _ in range(rounds):
+            session.run(None, dict(zip(self.names, inputs, strict=True)))
+        events = json.loads(Path(session.end_profiling()).read_text())
+        return [e for e in events if e.get("cat") == "Node" and "op_name" in e.get("args", {})]
+
+    def kernels(self) -> dict[str, int]:
+        shapes = [[d if isinstance(d, int) else 1 for d in i.shape] for i in self.session.get_inputs()]
+        kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+        types = [kinds.get(i.type, np.float32) for i in self.session.get_inputs()]
+        zeros = [np.zeros(s, t) for s, t in zip(shapes, types, strict=True)]
+        ran = {e["name"]: e["args"]["op_name"] for e in self._profiled(zeros, 1)}
+        return dict(Counter(ran.values()))
+
+    def profile(self, inputs: Sequence[np.ndarray], rounds: int) -> dict[str, float]:
+        """Milliseconds of each node by its name."""
+        times: dict[str, float] = {}
+        for event in self._profiled(inputs, rounds):
+            name = event["name"].removesuffix("_kernel_time")
+            times[name] = times.get(name, 0.0) + event["dur"] / 1000 / rounds
+        return times
+
+
+class OnnxRuntime(Target):
+    """Microsoft's ONNX Runtime, CPU execution provider."""
+
+    name: ClassVar[str] = "onnxruntime"
+    package: ClassVar[str] = "onnxruntime"
+    extra: ClassVar[str] = "onnxruntime"
+    facts: ClassVar[Mapping[str, str]] = {
+        "int8 static": "conv and linear: u8 activations per tensor, s8 weights per channel",
+        "int8 dynamic": "linear only; slower than float32 on every convolutional network measured",
+        "bf16": "none on the CPU",
+        "zeros": "no kernel: unstructured and N:M sparsity save bytes, not time",
+        "channels": "multiples of 8 or 16; fewer channels below that are not faster",
+        "depth": "time falls with the number of layers",
+    }
+
+    def lower(self, net: Deployable, folder: Path, stem: str) -> Path:
+        path = folder / f"{stem}.onnx"
+        net.write(path)
+        return path
+
+    def open(self, path: Path, threads: int, precision: str) -> _Session:
+        return _Session(path, threads)
+
+    def integer_layers(self, kernels: Mapping[str, int]) -> int:
+        return sum(n for kind, n in kernels.items() if kind in INTEGER)

@@ -1,0 +1,94 @@
+"""OpenVINO on the CPU: on processors with AMX the fastest for bf16 and int8."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from whet.optional import require
+from whet.targets.target import Target
+
+if TYPE_CHECKING:
+    from whet.targets.onnxfile import Deployable
+
+LAYERS = frozenset("Convolution FullyConnected MatMul Deconvolution".split())
+
+
+class _Session:
+    """A compiled model with pinned threads, one stream, and one request used again and again."""
+
+    def __init__(self, path: Path, threads: int, precision: str) -> None:
+        # asked not to send telemetry before it is imported
+        os.environ["OPENVINO_TELEMETRY"] = "0"
+        core = require("openvino", "openvino").Core()
+        settings = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": str(threads),
+            "INFERENCE_PRECISION_HINT": precision,
+            "PERF_COUNT": "NO",
+        }
+        self.core, self.path, self.settings = core, path, settings
+        self.model = core.compile_model(core.read_model(path), "CPU", settings)
+        self.request = self.model.create_infer_request()
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        found = self.request.infer(list(inputs), share_inputs=True)
+        return [np.array(found[port]) for port in self.model.outputs]
+
+    def kernels(self) -> dict[str, int]:
+        counts: Counter[str] = Counter()
+        for op in self.model.get_runtime_model().get_ops():
+            facts = op.get_rt_info()
+            kind, precision = str(facts["layerType"].value), str(facts["runtimePrecision"].value)
+            counts[f"{kind}/{precision}"] += 1
+        return dict(counts)
+
+    def profile(self, inputs: Sequence[np.ndarray], rounds: int) -> dict[str, float]:
+        """Milliseconds of each node by its name."""
+        settings = self.settings | {"PERF_COUNT": "YES"}
+        model = self.core.compile_model(self.core.read_model(self.path), "CPU", settings)
+        request, times = model.create_infer_request(), {}
+        for _ in range(rounds):
+            request.infer(list(inputs))
+            for info in request.get_profiling_info():
+                took = info.real_time.total_seconds() * 1000 / rounds
+                times[info.node_name] = times.get(info.node_name, 0.0) + took
+        return times
+
+
+class OpenVino(Target):
+    """Intel's OpenVINO, CPU plugin."""
+
+    name: ClassVar[str] = "openvino"
+    package: ClassVar[str] = "openvino"
+    extra: ClassVar[str] = "openvino"
+    precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16")
+    facts: ClassVar[Mapping[str, str]] = {
+        "int8 static": "conv, linear, residual adds: u8 activations per tensor, s8 weights per channel",
+        "bf16": "on AMX processors the reference that int8 has to beat, at half the bytes of float32",
+        "zeros": "no kernel by default: unstructured and N:M sparsity save bytes, not time",
+        "channels": "multiples of 16; narrow layers are bound by the number of calls",
+        "depth": "time falls with the number of layers",
+    }
+
+    def lower(self, net: Deployable, folder: Path, stem: str) -> Path:
+        # OpenVINO reads ONNX itself; its own .xml and .bin would take twice the bytes
+        path = folder / f"{stem}.onnx"
+        net.write(path)
+        return path
+
+    def open(self, path: Path, threads: int, precision: str) -> _Session:
+        return _Session(path, threads, precision)
+
+    def integer_layers(self, kernels: Mapping[str, int]) -> int:
+        return sum(
+            n
+            for kind, n in kernels.items()
+            if kind.split("/")[0] in LAYERS and kind.split("/")[1] in ("u8", "i8")
+        )

@@ -1,0 +1,104 @@
+"""The protocol of a target, and the subprocess that runs its files.
+
+A runtime may kill its process, keep threads spinning or hold memory, so it never runs in ours:
+every job is a file in, a process, a file out.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import numpy as np
+
+from whet.errors import TargetFailed
+
+if TYPE_CHECKING:
+    from whet.targets.onnxfile import Deployable
+
+
+class Session(Protocol):
+    """A loaded file, inside the subprocess."""
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """The outputs for one batch of the deployed size."""
+        ...
+
+    def kernels(self) -> dict[str, int]:
+        """How many operations of each kind the runtime really runs, as "Kind/precision"."""
+        ...
+
+
+class Target(ABC):
+    """One runtime.
+
+    Class attributes:
+        name: what the command line calls it.
+        package: the Python package that must be there.
+        extra: the extra of whet that installs it.
+        precisions: what the float network can run in here, the reference first.
+        facts: what this runtime speeds up, as data for people and for the search.
+    """
+
+    name: ClassVar[str]
+    package: ClassVar[str]
+    extra: ClassVar[str]
+    precisions: ClassVar[tuple[str, ...]] = ("f32",)
+    facts: ClassVar[Mapping[str, str]] = {}
+
+    @abstractmethod
+    def lower(self, net: Deployable, folder: Path, stem: str) -> Path:
+        """Write the deployable file of `net` into `folder`; returns its path."""
+
+    @abstractmethod
+    def open(self, path: Path, threads: int, precision: str) -> Session:
+        """Inside the subprocess: load the file."""
+
+    @abstractmethod
+    def integer_layers(self, kernels: Mapping[str, int]) -> int:
+        """How many convolutions and matrix products of `kernels` run on integers."""
+
+    def job(self, do: str, arrays: Sequence[np.ndarray] = (), **what: Any) -> Result:
+        """Run one job in a subprocess.
+
+        Raises:
+            TargetFailed: the runtime is missing, refused, or died; with its own last words.
+        """
+        with tempfile.TemporaryDirectory(prefix="whet-") as name:
+            folder = Path(name)
+            for k, array in enumerate(arrays):
+                np.save(folder / f"in{k}.npy", array)
+            job = {"target": self.name, "do": do, "folder": name, "inputs": len(arrays)} | what
+            (folder / "job.json").write_text(json.dumps(job, default=str))
+            command = [sys.executable, "-m", "whet.targets.worker", str(folder / "job.json")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0 or not (folder / "result.json").exists():
+                raise TargetFailed(
+                    f"{do} with {self.name}",
+                    _last_words(done),
+                    "Try another --target, or another precision or thread count.",
+                )
+            said = json.loads((folder / "result.json").read_text())
+            outputs = [np.load(folder / f"out{k}.npy") for k in range(said.get("outputs", 0))]
+            return Result(said, outputs)
+
+
+class Result:
+    """What a job gave: `said`, a dict, and `outputs`, arrays."""
+
+    def __init__(self, said: dict[str, Any], outputs: list[np.ndarray]) -> None:
+        self.said, self.outputs = said, outputs
+
+
+def _last_words(done: subprocess.CompletedProcess[str]) -> str:
+    if done.returncode < 0:
+        return f"it killed its process ({signal.Signals(-done.returncode).name})"
+    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else f"it exited with {done.returncode} and said nothing"

@@ -1,0 +1,97 @@
+"""The subprocess of a target: reads job.json, runs it, writes result.json. Never imports torch."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from whet.targets.target import Session, Target
+
+REST_SECONDS = 0.06  # worker pools of the runtime before keep spinning about this long
+
+
+def load(name: str) -> Target:
+    """The target called `name`."""
+    module = importlib.import_module(f"whet.targets.{name}")
+    kinds = [k for k in vars(module).values() if isinstance(k, type) and issubclass(k, Target)]
+    return next(kind for kind in kinds if kind.__module__ == module.__name__)()
+
+
+def _memory_mb(which: str) -> float:
+    """VmRSS, the memory held now, or VmHWM, the most held so far; 0 where the system hides it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1000 for line in lines if line.startswith(which)), 0.0)
+
+
+def in_batches(session: Session, inputs: Sequence[np.ndarray], batch: int) -> list[np.ndarray]:
+    """The outputs for all rows, in batches of the deployed size; the last one is filled up."""
+    rows, parts = len(inputs[0]), []
+    for start in range(0, rows, batch):
+        chunk = [x[start : start + batch] for x in inputs]
+        missing = batch - len(chunk[0])
+        if missing:
+            chunk = [np.concatenate([x, np.repeat(x[-1:], missing, axis=0)]) for x in chunk]
+        outputs = session.run(chunk)
+        parts.append([y[: batch - missing] if y.ndim and len(y) == batch else y for y in outputs])
+    return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+
+
+def run(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
+    """Outputs for all rows of the inputs, the kernels used, and the memory that took."""
+    before = _memory_mb("VmRSS")
+    session = target.open(Path(job["file"]), job["threads"], job["precision"])
+    outputs = in_batches(session, inputs, job["batch"])
+    memory = _memory_mb("VmHWM") - before
+    for k, y in enumerate(outputs):
+        np.save(Path(job["folder"]) / f"out{k}.npy", y)
+    return {"outputs": len(outputs), "kernels": session.kernels(), "memory_mb": memory}
+
+
+def clock(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
+    """Milliseconds of each variant, interleaved: rest, one untimed call, `calls` timed ones."""
+    sessions = [target.open(Path(v["file"]), job["threads"], v["precision"]) for v in job["variants"]]
+    for session in sessions:
+        session.run(inputs)
+    rounds: list[list[list[float]]] = [[] for _ in sessions]
+    for _ in range(job["rounds"]):
+        for session, times in zip(sessions, rounds, strict=True):
+            time.sleep(REST_SECONDS)
+            session.run(inputs)
+            took = []
+            for _ in range(job["calls"]):
+                start = time.perf_counter()
+                session.run(inputs)
+                took.append(1000 * (time.perf_counter() - start))
+            times.append(took)
+    return {"milliseconds": rounds, "kernels": [session.kernels() for session in sessions]}
+
+
+def layers(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
+    """Milliseconds of each named operation, the mean over `rounds` calls, where it is known."""
+    session = target.open(Path(job["file"]), job["threads"], job["precision"])
+    profile = getattr(session, "profile", None)
+    return {"milliseconds": profile(inputs, job["rounds"]) if profile else {}}
+
+
+JOBS = {"run": run, "time": clock, "layers": layers}
+
+
+def main(path: str) -> None:
+    """Do the job that the file at `path` describes."""
+    job = json.loads(Path(path).read_text())
+    folder = Path(job["folder"])
+    inputs = [np.load(folder / f"in{k}.npy") for k in range(job["inputs"])]
+    result = JOBS[job["do"]](load(job["target"]), job, inputs)
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
