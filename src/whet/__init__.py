@@ -12,14 +12,13 @@ _HOMES = {
     "Metric": "whet.task",
     "Recipe": "whet.recipe",
     "Result": "whet.runner",
-    "Settings": "whet.runner",
     "Task": "whet.task",
     "WhetError": "whet.errors",
     "apply": "whet.runner",
+    "compress": "whet.runner",
     "load": "whet.artifact",
     "save": "whet.artifact",
     "technique": "whet.catalog",
-    "Goals": "whet.measure.goals",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 
@@ -28,11 +27,10 @@ if TYPE_CHECKING:
     from whet.artifact import save as save
     from whet.catalog import technique as technique
     from whet.errors import WhetError as WhetError
-    from whet.measure.goals import Goals as Goals
     from whet.recipe import Recipe as Recipe
     from whet.runner import Result as Result
-    from whet.runner import Settings as Settings
     from whet.runner import apply as apply
+    from whet.runner import compress as compress
     from whet.task import Metric as Metric
     from whet.task import Task as Task
 

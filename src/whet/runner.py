@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from whet import __version__, artifact, catalog, checkpoint, promises
-from whet.errors import BadInput, BrokenPromise, Refused, TargetFailed
+from whet.errors import BadInput, BrokenPromise, Refused, TargetFailed, nearest
 from whet.measure import cost, latency, quality
 from whet.measure.goals import Goals
 from whet.measure.signature import signature
-from whet.recipe import Recipe
+from whet.recipe import Recipe, built_in
 from whet.report.page import page
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
@@ -140,22 +140,49 @@ def unwritable(folder: Path, error: OSError) -> BadInput:
     return BadInput(f"write the result to {folder}", str(error.strerror), "Choose another folder.")
 
 
-def apply(recipe: Recipe, task: Task, settings: Settings | None = None) -> Result:
+def apply(recipe: Recipe, task: Task, **options: Any) -> Result:
     """Apply `recipe` to a copy of the task's network and measure what came out.
 
+    Args:
+        recipe: the steps.
+        task: the network and its data.
+        options: fields of `Settings`: target, threads, seed, rounds, ...; and limits to judge
+            the result by: drop, latency, size, macs.
+
     Raises:
-        BadInput: the task, recipe or settings cannot be used; nothing has been done.
+        BadInput: the task, recipe or options cannot be used; nothing has been done.
         BrokenPromise: a step undid an earlier one.
         TargetFailed: the runtime refused or died.
         Disagrees: the deployed file computes something else.
     """
-    settings = settings or Settings()
-    settings.goals.limits()
+    settings = settings_of(options)
     targets = _targets(settings.target)
     task.check()
     recipe.check(task)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         return _Run(task, recipe, settings, targets, Path(folder)).result()
+
+
+def compress(task: Task, **options: Any) -> Result:
+    """`apply` with the built-in recipe that suits what the task brings."""
+    return apply(built_in(task), task, **options)
+
+
+def settings_of(options: dict[str, Any]) -> Settings:
+    """Settings from plain options, limits among them.
+
+    Raises:
+        BadInput: an unknown option, or a limit that cannot be read.
+    """
+    limits = {k: v for k, v in options.items() if k in Goals.model_fields}
+    known = {f.name for f in fields(Settings)} | set(Goals.model_fields)
+    for name in options:
+        if name not in known:
+            raise BadInput(f"set the option {name!r}", "there is none", nearest(name, known))
+    goals = Goals(**limits) if limits else options.get("goals", Goals())
+    goals.limits()
+    rest = {k: v for k, v in options.items() if k not in limits}
+    return Settings(**(rest | {"goals": goals}))
 
 
 def _targets(name: str) -> list[Target]:
@@ -354,7 +381,7 @@ class _Run:
             "ratios": self._ratios(before, after, ratio),
             "start": start,
             "steps": steps,
-            "layers": self._layers(model, file),
+            "layers": self._layers(model, file, net),
             "gate": gate,
             "goals": self.settings.goals.judge(before, after, self.task.measure, ratio["value"]),
             "notes": self.notes,
@@ -468,9 +495,12 @@ class _Run:
             ratios["drop"] = self.task.measure.drop(*values)
         return ratios
 
-    def _layers(self, model: nn.Module, file: Path) -> list[dict[str, Any]]:
+    def _layers(self, model: nn.Module, file: Path, net: Deployable) -> list[dict[str, Any]]:
         old, new = (cost.layers(m, self.task.example) for m in (self.parent, model))
-        times = [self._shares(f) for f in (self.original, file)]
+        times = [
+            latency.shares(self.target, n, f, self.inputs, self.settings.threads)
+            for n, f in ((self.original_net, self.original), (net, file))
+        ]
         rows = []
         for path in [*old, *(p for p in new if p not in old)]:
             rows.append(
@@ -483,14 +513,6 @@ class _Run:
                 }
             )
         return rows
-
-    def _shares(self, file: Path) -> dict[str, float]:
-        said = self.target.job(
-            "layers", self.inputs, file=str(file), threads=self.settings.threads, precision="f32",
-            rounds=10,
-        ).said["milliseconds"]  # fmt: skip
-        total = sum(said.values()) or 1.0
-        return {name.removesuffix("_quant"): ms / total for name, ms in said.items()}
 
 
 def _row(layer: cost.Layer | None, share: float | None) -> dict[str, Any] | None:

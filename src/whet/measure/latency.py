@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from whet.targets.onnxfile import Deployable
 from whet.targets.target import Target
 
 SAME = 0.03  # ratios within this of 1 are called the same
@@ -93,3 +94,27 @@ def verdict(low: float, high: float) -> str:
     if low > 1:
         return "same" if high < 1 + SAME else "slower"
     return "same" if 1 - low < SAME and high - 1 < SAME else "too noisy to tell"
+
+
+def shares(
+    target: Target,
+    net: Deployable,
+    file: Path,
+    inputs: Sequence[np.ndarray],
+    threads: int,
+    rounds: int = 10,
+) -> dict[str, float]:
+    """The share of the measured time that each layer takes, by module path.
+
+    What a runtime merges into a layer (an activation, an add) counts as that layer's; what
+    belongs to none is left out, so shares may sum to less than one.
+    """
+    said = target.job(
+        "layers", inputs, file=str(file), threads=threads, precision="f32", rounds=rounds
+    ).said["milliseconds"]
+    total, found = sum(said.values()) or 1.0, {}
+    for name, milliseconds in said.items():
+        owner = net.owner(name)
+        if owner is not None:
+            found[owner] = found.get(owner, 0.0) + milliseconds / total
+    return found

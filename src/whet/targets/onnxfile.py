@@ -12,6 +12,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -31,7 +32,9 @@ from whet.graph.trace import baked, export, module_path
 from whet.task import tensors_in
 
 OPSET = 20
-LAYERS = frozenset("Conv Gemm MatMul".split())
+LAYERS = frozenset("Conv ConvTranspose Gemm MatMul".split())
+# what runtimes append to the names of nodes that they rewrote
+DECORATIONS = re.compile(r"(_nchwc|_nhwc|_quant|_token_\d+|/.*)+$")
 
 
 class Deployable:
@@ -50,6 +53,7 @@ class Deployable:
         twin, forms = baked(model)
         self.program = export(twin, example)
         self.proto, self.layers = _convert(self.program, forms)
+        self.owners = _owners(self.proto)
         self.quantized = sum(1 for form in forms.values() if packed.Affine in packed.kinds(form))
 
     def write(self, path: Path) -> None:
@@ -84,10 +88,24 @@ class Deployable:
             Recorder(self.program.module()).run(*inputs)
         return found
 
+    def owner(self, name: str) -> str | None:
+        """The layer that a runtime's node `name` belongs to, however the runtime decorated it."""
+        return self.owners.get(DECORATIONS.sub("", name))
+
     def path_of(self, name: str) -> str:
         """The module that makes the call `name`."""
         nodes = {node.name: node for node in self.program.graph.nodes}
         return module_path(nodes[name]) if name in nodes else ""
+
+
+def _owners(proto: ModelProto) -> dict[str, str]:
+    """The layer of each node and value: the last one on the way through first inputs."""
+    found: dict[str, str] = {}
+    for node in proto.graph.node:
+        path = node.name or (found.get(node.input[0], "") if node.input else "")
+        if path:
+            found |= dict.fromkeys([*node.output, path], path)
+    return found
 
 
 def _convert(
@@ -110,6 +128,7 @@ def _convert(
     for name, form in forms.items():
         if packed.Affine in packed.kinds(form):
             editor.store_codes(name, form)
+    editor.integer_products()
     editor.integer_biases()
     editor.drop_clamped_relus()
     return editor.finish([node.name for node in program.graph.nodes])
@@ -150,12 +169,53 @@ class _Editor:
         elif stored.ndim == 2 and np.array_equal(stored, dense.T):
             self._dequantize(name, codes.T, scale.numpy(), None if axis is None else 1 - axis)
 
+    def integer_products(self) -> None:
+        """x W + b as MatMul and Sub(-b): ONNX Runtime fuses MatMul and Add into a float Gemm."""
+        maker = {out: node for node in self.nodes for out in node.output}
+        readers = Counter(name for node in self.nodes for name in node.input)
+        for node in list(self.nodes):
+            weight = maker.get(node.input[1]) if node.op_type in ("Gemm", "MatMul") else None
+            if not _dequantizes(weight) or not _dequantizes(maker.get(node.input[0])):
+                continue
+            assert weight is not None
+            if node.op_type == "Gemm" and readers[weight.output[0]] == 1:
+                self._split_gemm(node, weight)
+            elif node.op_type == "MatMul":
+                after = [n for n in self.nodes if node.output[0] in n.input]
+                if len(after) == 1 and after[0].op_type == "Add":
+                    self._subtract(after[0], node.output[0])
+
+    def _split_gemm(self, node: NodeProto, weight: NodeProto) -> None:
+        facts = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        plain = facts.get("alpha", 1.0) == 1.0 and facts.get("beta", 1.0) == 1.0
+        if not plain or facts.get("transA", 0) or len(node.input) < 3:
+            return
+        if facts.get("transB", 0):
+            self.arrays[weight.input[0]] = self.arrays[weight.input[0]].T.copy()
+            for attribute in weight.attribute:
+                if attribute.name == "axis":
+                    attribute.i = 1 - attribute.i
+        inner, place = f"{node.output[0]}/product", self.nodes.index(node)
+        product = helper.make_node("MatMul", list(node.input[:2]), [inner], name=node.name)
+        shift = helper.make_node("Add", [inner, node.input[2]], [node.output[0]])
+        self.nodes[place : place + 1] = [product, shift]
+        self._subtract(shift, inner)
+
+    def _subtract(self, node: NodeProto, inner: str) -> None:
+        """Turn Add(inner, constant) into Sub(inner, -constant)."""
+        other = next((name for name in node.input if name != inner), "")
+        if other in self.arrays:
+            name = self._add(f"{other}/negative", -self.arrays[other])
+            node.op_type = "Sub"
+            del node.input[:]
+            node.input.extend([inner, name])
+
     def integer_biases(self) -> None:
         """b = S_x S_w q_b with q_b int32, so that the runtime adds it to its accumulator."""
         maker = {out: node for node in self.nodes for out in node.output}
         readers = Counter(name for node in self.nodes for name in node.input)
         for node in list(self.nodes):
-            if node.op_type not in ("Conv", "Gemm") or len(node.input) < 3:
+            if node.op_type != "Conv" or len(node.input) < 3:
                 continue
             data, weight = maker.get(node.input[0]), maker.get(node.input[1])
             bias = self.arrays.get(node.input[2])

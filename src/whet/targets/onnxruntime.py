@@ -17,7 +17,9 @@ from whet.targets.target import Target
 if TYPE_CHECKING:
     from whet.targets.onnxfile import Deployable
 
-INTEGER = frozenset("QLinearConv QLinearMatMul QGemm MatMulInteger ConvInteger".split())
+INTEGER = frozenset(
+    "QLinearConv QLinearMatMul QGemm MatMulInteger MatMulIntegerToFloat ConvInteger".split()
+)
 
 
 class _Session:

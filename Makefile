@@ -1,0 +1,40 @@
+# make demo | make test | make check: each installs what it needs into .venv first
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check docs clean
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("whet needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo]'
+	touch $@
+
+.venv/.test: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,openvino]'
+	touch $@ .venv/.demo
+
+.venv/.check: $(BIN)/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,openvino,check,docs]'
+	touch $@ .venv/.test .venv/.demo
+
+demo: .venv/.demo
+	$(BIN)/whet demo --output out/ --force
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+check: .venv/.check
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
+
+docs: .venv/.check
+	$(BIN)/mkdocs serve
+
+clean:
+	rm -rf .venv out site

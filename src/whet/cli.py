@@ -1,0 +1,403 @@
+"""The command line: the only place that prints and exits.
+
+Exit status: 0 all goals met, 1 a goal missed (the artefact is still written), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from whet import __version__, catalog, inspection, runner
+from whet import demo as demonstration
+from whet.errors import BadInput, WhetError
+from whet.optional import installed, version
+from whet.recipe import Recipe, built_in
+from whet.report.page import page
+from whet.report.table import layer_table, tables
+from whet.task import Task
+from whet.technique import card, knobs
+
+app = typer.Typer(
+    name="whet",
+    help="Make a trained PyTorch network smaller and faster, and prove it on the deployed file.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="path/to/file.py:function or package.module:function")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Target = Annotated[
+    str, typer.Option("--target", "-t", help="onnxruntime, openvino, or auto: the fastest here.")
+]
+Threads = Annotated[int, typer.Option(min=1, max=1024, help="Threads of the runtime when timing.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+
+
+def load_task(name: str) -> Task:
+    """The Task that `path/to/file.py:function` or `package.module:function` returns.
+
+    Raises:
+        BadInput: it cannot be imported, is no function, or returns no Task.
+    """
+    asked = f"load the task {name!r}"
+    place, colon, function = name.rpartition(":")
+    if not colon or not place or not function:
+        raise BadInput(asked, "there is no colon in it", "Write path/to/file.py:function.")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        make = getattr(module, function)
+        made = make()
+    except WhetError:
+        raise
+    except AttributeError as error:
+        known = [n for n, v in vars(module).items() if inspect.isfunction(v)]  # type: ignore
+        raise BadInput(asked, str(error), f"Functions there: {', '.join(known) or 'none'}.") from error
+    except Exception as error:
+        raise BadInput(
+            asked, f"{type(error).__name__}: {error}", "Mend it until python can call that function."
+        ) from error
+    if not isinstance(made, Task):
+        raise BadInput(
+            asked, f"it returned {type(made).__name__}", "Return a whet.Task(model=..., example=...)."
+        )
+    return Task(**(vars(made) | {"name": name}))
+
+
+def _from_file(path: Path) -> Any:
+    if not path.exists():
+        raise BadInput(f"load {path}", "there is no such file", "Give the path of a Python file.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    sys.path.insert(0, str(path.parent))
+    spec.loader.exec_module(module)
+    return module
+
+
+class _Bars:
+    """Progress of each step, with the time left."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.tasks = progress, {}
+
+    def __call__(self, what: str, done: int, of: int) -> None:
+        if what not in self.tasks:
+            for task in self.tasks.values():
+                self.progress.update(task, visible=False)
+            self.tasks[what] = self.progress.add_task(what, total=of)
+        self.progress.update(self.tasks[what], completed=done, total=of)
+
+
+def _progress() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+    )
+
+
+def _deliver(
+    work: Callable[[runner.Tell], runner.Result], folder: Path, force: bool, as_json: bool
+) -> NoReturn:
+    """Run, save, print, and exit by the goals."""
+    with _progress() as progress:
+        result = work(_Bars(progress))
+    result.save(folder, replace=force)
+    shutil.rmtree(_workspace(folder), ignore_errors=True)
+    if as_json:
+        print(json.dumps(result.readings))
+    else:
+        for part in tables(result.readings):
+            out.print(part)
+        out.print(f"\nwritten to [bold]{folder}[/]: {', '.join(sorted(result.files))}")
+    raise typer.Exit(0 if result.met else 1)
+
+
+def _workspace(folder: Path) -> Path:
+    return folder.absolute().with_name(f".{folder.name}.whet-work")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("out"),
+    target: Target = "onnxruntime",
+    force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The whole job on data that ships with a dependency, in under three minutes.
+
+    Trains a ResNet-20 on handwritten digits, drops blocks, distils, quantizes to int8, deploys,
+    and measures.
+
+    Example: `whet demo -o out/`
+    """
+    runner.free(output, force)
+    with _progress() as progress:
+        bars = _Bars(progress)
+        task = demonstration.task(tell=lambda done, of: bars("train the original", done, of))
+    recipe = Recipe(
+        [
+            catalog.technique("DropBlocks", {"amount": 0.4, "examples": 300}),
+            catalog.technique("Distill", {"epochs": 12, "lr": 0.05}),
+            catalog.technique("FoldBatchNorm"),
+            catalog.technique("StaticInt8"),
+        ]
+    )
+    goals = {"drop": "1pp", "latency": "0.45x", "size": "0.20x"}
+    _deliver(
+        lambda tell: runner.apply(recipe, task, target=target, tell=tell, **goals),
+        output,
+        force,
+        as_json,
+    )
+
+
+@app.command()
+def compress(
+    task: TaskArgument,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", "-r", help="YAML of steps; default: a built-in one.")
+    ] = None,
+    drop: Annotated[str | None, typer.Option(help="Most loss of the metric, as 0.5pp.")] = None,
+    latency: Annotated[str | None, typer.Option(help="Most time, as 0.5x or 3ms.")] = None,
+    size: Annotated[str | None, typer.Option(help="Most bytes, as 0.25x or 100KB.")] = None,
+    macs: Annotated[str | None, typer.Option(help="Most operations, as 0.5x or 20M.")] = None,
+    target: Target = "onnxruntime",
+    threads: Threads = 1,
+    seed: Seed = 0,
+    rounds: Annotated[int, typer.Option(min=5, help="Rounds of the final timing.")] = 40,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("out"),
+    force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with a run that was interrupted.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a network, deploy it, and measure the deployed file beside the original.
+
+    Examples:
+
+    `whet compress my_task.py:task --recipe recipe.yaml -o out/`
+
+    `whet compress my_task.py:task --drop 0.5pp --latency 0.5x --target auto`
+    """
+    runner.free(output, force)
+    limits = {"drop": drop, "latency": latency, "size": size, "macs": macs}
+    limits = {name: text for name, text in limits.items() if text is not None}
+    options = {"target": target, "threads": threads, "seed": seed, "rounds": rounds} | limits
+    runner.settings_of(options)
+    steps = None if recipe is None else Recipe.read(recipe)
+    loaded = load_task(task)
+    steps = built_in(loaded) if steps is None else steps
+    workspace = _workspace(output)
+    options |= {"workspace": workspace, "resume": resume}
+    _deliver(
+        lambda tell: runner.apply(steps, loaded, tell=tell, **options), output, force, as_json
+    )
+
+
+@app.command()
+def inspect_(
+    task: TaskArgument, target: Target = "onnxruntime", threads: Threads = 1, as_json: Json = False
+) -> None:
+    """Layers, parameters, MACs, bytes, share of measured latency, and coupled channels.
+
+    Example: `whet inspect my_task.py:task`
+    """
+    loaded = load_task(task)
+    loaded.check()
+    found = inspection.look(loaded, catalog.target(target), threads)
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("layer", "type", "params", "MACs", "bytes", "share of time", title=loaded.name)
+    for row in found["layers"]:
+        share = "" if row["share"] is None else f"{row['share']:.1%}"
+        numbers = [f"{row[k]:,}" for k in ("params", "macs", "bytes")]
+        table.add_row(row["path"], row["type"], *numbers, share)
+    table.add_section()
+    table.add_row("all", "", *[f"{found['totals'][k]:,}" for k in ("params", "macs", "bytes")], "")
+    out.print(table)
+    ms = found["latency_ms"]
+    out.print(f"{ms['median']:.3f} ms in {found['target']} at {threads} thread(s), batch {found['batch']}")
+    out.print(f"{len(found['groups'])} channel groups, {len(found['blocks'])} droppable blocks")
+    for name, reason in found["left_alone"].items():
+        out.print(f"[dim]{name} is left alone: {reason}[/]")
+
+
+app.registered_commands[-1].name = "inspect"
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
+    task: Annotated[
+        str | None, typer.Option(help="TASK; default: the one named in report.json.")
+    ] = None,
+    threads: Threads = 1,
+    rounds: Annotated[int, typer.Option(min=5, help="Rounds of timing.")] = 40,
+    as_json: Json = False,
+) -> None:
+    """Measure the artefact again in its runtime, beside the original.
+
+    Example: `whet verify out/`
+    """
+    report = _report(folder)
+    loaded = load_task(task or report["task"])
+    loaded.check()
+    found = inspection.again(folder, report, loaded, threads, rounds)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        table = Table("", "reported", "measured now", title=f"{folder}")
+        for name, (then, now) in found["figures"].items():
+            table.add_row(name, then, now)
+        out.print(table)
+        for goal in found["goals"]:
+            out.print(f"{goal['name']} {goal['limit']}: {goal['value']} {'met' if goal['met'] else 'MISSED'}")
+    raise typer.Exit(0 if all(goal["met"] for goal in found["goals"]) else 1)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
+    layers: Annotated[bool, typer.Option(help="Print the table of layers too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the report, and write report.html anew from report.json.
+
+    Example: `whet report out/ --layers`
+    """
+    found = _report(folder)
+    if as_json:
+        print(json.dumps(found))
+        return
+    (folder / "report.html").write_text(page(found))
+    for part in tables(found):
+        out.print(part)
+    if layers:
+        out.print(layer_table(found))
+    out.print(f"\n{folder / 'report.html'}")
+
+
+def _report(folder: Path) -> dict[str, Any]:
+    path = folder / "report.json"
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"read {path}", str(error), "Give a folder that whet compress wrote.") from error
+    if not isinstance(found, dict) or not {"original", "compressed", "target"} <= set(found):
+        raise BadInput(f"read {path}", "it is not a report of whet", "Give a folder that it wrote.")
+    return found
+
+
+@app.command()
+def techniques(
+    name: Annotated[str | None, typer.Argument(help="Show one card.")] = None, as_json: Json = False
+) -> None:
+    """The catalogue; with a NAME, that technique's card and knobs.
+
+    Example: `whet techniques StaticInt8`
+    """
+    known = catalog.techniques()
+    if name is not None:
+        catalog.technique(name)
+        known = {name: known[name]}
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    n: {"family": catalog.family(t), "card": card(t), "knobs": knobs(t)}
+                    for n, t in known.items()
+                }
+            )
+        )
+        return
+    if name is not None:
+        out.print(Markdown(f"```\n{card(known[name])}\n```"))
+        table = Table("knob", "default", "what")
+        for knob, facts in knobs(known[name]).items():
+            table.add_row(knob, json.dumps(facts.get("default")), facts.get("description", ""))
+        out.print(table)
+        return
+    table = Table("technique", "family", "what it does")
+    for each, kind in known.items():
+        table.add_row(each, catalog.family(kind), card(kind).splitlines()[0].partition(": ")[2])
+    out.print(table)
+
+
+@app.command()
+def targets(as_json: Json = False) -> None:
+    """Which runtimes are here and what they speed up.
+
+    Example: `whet targets`
+    """
+    found = {
+        name: {
+            "installed": installed(target.package),
+            "version": version(target.package),
+            "install": f"pip install 'whet[{target.extra}]'",
+            "facts": dict(target.facts),
+        }
+        for name, target in catalog.targets().items()
+    }
+    if as_json:
+        print(json.dumps(found))
+        return
+    for name, facts in found.items():
+        state = facts["version"] if facts["installed"] else f"not installed: {facts['install']}"
+        table = Table("what", "how", title=f"{name} ({state})", title_justify="left")
+        for what, how in facts["facts"].items():
+            table.add_row(what, how)
+        out.print(table)
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        print(f"whet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line; errors of whet are one sentence and exit status 2."""
+    try:
+        app(standalone_mode=True)
+    except WhetError as error:
+        err.print(f"[bold red]whet:[/] could not {error.asked}: {error.found}.", highlight=False)
+        err.print(f"{error.todo}", highlight=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

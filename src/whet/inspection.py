@@ -1,0 +1,98 @@
+"""Looking at a network before, and at an artefact after: what `inspect` and `verify` do."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whet import artifact, catalog
+from whet.errors import BadInput
+from whet.graph import blocks, channels
+from whet.measure import cost, latency, quality
+from whet.measure.goals import Goals
+from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.target import Target
+from whet.task import Task, batch_size
+
+
+def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
+    """Layers with their costs and share of measured time, coupled channels, blocks; as JSON."""
+    model, example = task.model.eval(), task.example
+    inputs = as_arrays(example)
+    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
+        net = Deployable(model, example)
+        file = target.lower(net, Path(folder), "original")
+        variant = [latency.Variant("original", file)]
+        timing = latency.time_together(target, variant, inputs, threads, rounds=10)["original"]
+        times = latency.shares(target, net, file, inputs, threads)
+    rows = [
+        {"path": path, "type": layer.kind, "share": times.get(path)} | layer.numbers()
+        for path, layer in cost.layers(model, example).items()
+    ]
+    groups = channels.find_groups(model, example)
+    found = blocks.residual_blocks(model, example)
+    alone = {g.name: g.fixed for g in groups if g.fixed} | found.kept
+    return {
+        "target": target.name,
+        "batch": batch_size(example),
+        "layers": rows,
+        "totals": cost.totals(model, example) | {"bytes": sum(row["bytes"] for row in rows)},
+        "latency_ms": timing.summary(),
+        "groups": {g.name: g.units for g in groups if not g.fixed},
+        "blocks": list(found.droppable),
+        "left_alone": alone,
+    }
+
+
+def again(
+    folder: Path, report: dict[str, Any], task: Task, threads: int, rounds: int
+) -> dict[str, Any]:
+    """Measure an output folder anew: checksums, metric, latency, goals; as JSON.
+
+    Raises:
+        Damaged: model.whet was altered.
+        BadInput: the deployable file is missing.
+    """
+    artifact.load(folder / "model.whet")
+    target, metric, example = catalog.target(report["target"]), task.measure, task.example
+    file = folder / "model.onnx"
+    if not file.exists():
+        raise BadInput(f"verify {folder}", "it has no model.onnx", "Run whet compress again.")
+    _, batches = task.final()
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="whet-") as scratch:
+        model = task.model.eval()
+        like = model(*example)
+        original = target.lower(Deployable(model, example), Path(scratch), "original")
+        variants = [latency.Variant("original", original), latency.Variant("compressed", file)]
+        times = latency.time_together(target, variants, as_arrays(example), threads, rounds)
+        now: dict[str, dict[str, Any]] = {}
+        for name, path in (("original", original), ("compressed", file)):
+            now[name] = {k: report[name][k] for k in ("params", "macs")}
+            now[name] |= {"bytes": path.stat().st_size, "latency_ms": times[name].summary()}
+            if batches is not None:
+                reading = quality.measure(
+                    target, path, example, like, batches, metric, threads=threads
+                )
+                now[name]["metric"] = {"value": reading.value}
+    ratio = latency.compare(times["original"], times["compressed"])
+    limits = {goal["name"]: goal["limit"] for goal in report.get("goals", ())}
+    goals = Goals(**limits).judge(now["original"], now["compressed"], metric, ratio["value"])
+    figures = {
+        "latency ratio": (f"{report['ratios']['latency']['value']:.3f}x", f"{ratio['value']:.3f}x"),
+        "verdict": (report["ratios"]["latency"]["verdict"], ratio["verdict"]),
+    }
+    for name in ("original", "compressed"):
+        for key, shown in (("bytes", "{:,}"), ("latency_ms", "{:.3f} ms"), ("metric", "{:.4f}")):
+            pair = [_figure(source[name].get(key)) for source in (report, now)]
+            words = tuple("not measured" if v is None else shown.format(v) for v in pair)
+            figures[f"{name} {key.removesuffix('_ms')}"] = words
+    return {"figures": figures, "ratio": ratio, "goals": goals, "now": now}
+
+
+def _figure(value: Any) -> float | int | None:
+    if isinstance(value, dict):
+        return value.get("median", value.get("value"))
+    return value
