@@ -18,15 +18,18 @@ is `raw` until entropy coding exists.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,59 +39,82 @@ from whet.errors import BadInput, Damaged
 from whet.graph import program, surgery
 from whet.graph.trace import baked, export
 
+# what taking a description apart raises where it is not what whet writes
+MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError)
+MALFORMED += (AssertionError, MemoryError)
 MAGIC = b"\x89WHET\r\n\x1a"
 VERSION = 1
 HEAD = struct.Struct("<8sHHI")
 MOST_HEADER = 64 * 2**20
 MOST_SECTIONS = 1_000_000
+MOST_DIMENSIONS, MOST_VALUES = 16, 2**48
 
 
 def save(model: nn.Module, example: tuple[Any, ...], path: str | Path) -> None:
     """Write `model` with its forms, ledger and a self-contained graph; the file appears whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    data = encode(model, example)
     try:
-        temporary.write_bytes(encode(model, example))
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise BadInput(
             f"write {path}", f"{error.strerror}", "Choose a folder that can be written."
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def encode(model: nn.Module, example: tuple[Any, ...]) -> bytes:
     """The bytes of `save`."""
     forms = {f"{p}.{n}" if p else n: form for p, n, form in packed.forms(model)}
     sections, blobs, offset = [], [], 0
-    for name, tensor, bits in _tensors(model, forms):
-        array = tensor.detach().cpu().contiguous().numpy()
+    twin, _ = baked(model)
+    graph, constants = program.describe(export(twin, example))
+    for name, tensor, bits in _tensors(model, forms, constants):
+        array = _array(name, tensor)
         blob = raw.encode(array, bits)
         sections.append([name, offset, len(blob), str(array.dtype), list(array.shape), bits, raw.NAME])
         sections[-1].append(zlib.crc32(blob))
         blobs.append(blob)
         offset += len(blob)
-    twin, _ = baked(model)
     header = {
         "sections": sections,
         "structure": surgery.structure(model),
-        "graph": program.describe(export(twin, example)),
+        "graph": graph,
     }
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     body = HEAD.pack(MAGIC, VERSION, 0, len(head)) + head + b"".join(blobs)
     return body + hashlib.sha256(body).digest()
 
 
-def _tensors(model: nn.Module, forms: Mapping[str, packed.Packed]) -> list[tuple[str, Tensor, int]]:
+def _tensors(
+    model: nn.Module, forms: Mapping[str, packed.Packed], constants: Mapping[str, Tensor]
+) -> list[tuple[str, Tensor, int]]:
     """(section name, tensor, bits per value) of everything to store."""
     found: list[tuple[str, Tensor, int]] = []
     for name, form in forms.items():
         found += [(f"{name}//{part}", t, bits) for part, (t, bits) in packed.store(form).items()]
-    for name, tensor in model.state_dict().items():
-        if ".parametrizations." not in f".{name}":
-            found.append((name, tensor, tensor.element_size() * 8))
-    return found
+    plain = _plain(model, forms) | {f"//{name}": value for name, value in constants.items()}
+    return found + [(name, t, t.element_size() * 8) for name, t in plain.items()]
+
+
+def _plain(model: nn.Module, forms: Iterable[str]) -> dict[str, Tensor]:
+    """The state of `model` but for its forms."""
+    packs = [".parametrizations.".join(surgery.split_name(f".{name}")) + "." for name in forms]
+    state = model.state_dict()
+    return {n: t for n, t in state.items() if not f".{n}".startswith(tuple(packs))}
+
+
+def _array(name: str, tensor: Tensor) -> np.ndarray:
+    if str(tensor.dtype).removeprefix("torch.") not in raw.DTYPES:
+        raise BadInput(
+            f"store the tensor {name!r}",
+            f"its type is {tensor.dtype}",
+            "Give a float32 network: call model.float() first.",
+        )
+    return tensor.detach().cpu().contiguous().numpy()
 
 
 def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
@@ -118,8 +144,8 @@ def _opened(data: bytes) -> tuple[dict[str, Any], memoryview]:
     if len(data) < HEAD.size + 32 or not data.startswith(MAGIC):
         raise _damaged("it does not begin as a model.whet does", "Give a file that whet wrote.")
     _, version, reserved, length = HEAD.unpack_from(data)
-    if version > VERSION or reserved:
-        raise _damaged(f"it is of version {version}", f"This whet reads up to {VERSION}: upgrade it.")
+    if version != VERSION or reserved:
+        raise _damaged(f"it is of version {version}", f"This whet reads version {VERSION}: upgrade it.")
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise _damaged("its checksum does not match: it is truncated or altered")
     if length > len(data) - HEAD.size - 32:
@@ -127,8 +153,12 @@ def _opened(data: bytes) -> tuple[dict[str, Any], memoryview]:
     unpack = zlib.decompressobj()
     try:
         text = unpack.decompress(data[HEAD.size : HEAD.size + length], MOST_HEADER)
-        if unpack.unconsumed_tail:
-            raise _damaged(f"its header is larger than {MOST_HEADER} bytes", "Do not trust it.")
+        if unpack.unconsumed_tail or not unpack.eof:
+            raise _damaged(
+                f"its header is cut or larger than {MOST_HEADER} bytes", "Do not trust it."
+            )
+        if unpack.unused_data:
+            raise _damaged("bytes stand behind its header", "Do not trust it.")
         header = json.loads(text)
     except (zlib.error, ValueError, RecursionError) as error:
         raise _damaged(f"its header cannot be read ({error})") from error
@@ -146,8 +176,11 @@ def _sections(header: Mapping[str, Any], body: memoryview) -> dict[str, Tensor]:
     for entry in listed:
         try:
             name, offset, length, dtype, shape, bits, codec, crc = entry
-            shape = tuple(int(s) for s in shape)
-            sound = offset == end and length >= 0 and offset + length <= len(body)
+            sizes = [offset, length, bits, crc, *shape]
+            sound = all(type(number) is int for number in sizes) and isinstance(name, str)
+            sound = sound and len(shape) <= MOST_DIMENSIONS
+            sound = sound and math.prod(max(size, 1) for size in shape) <= MOST_VALUES
+            sound = sound and offset == end and length >= 0 and offset + length <= len(body)
             sound = sound and dtype in raw.DTYPES and min(shape, default=0) >= 0
             sound = sound and 1 <= bits <= 64 and name not in found and codec == raw.NAME
         except (TypeError, ValueError) as error:
@@ -157,7 +190,7 @@ def _sections(header: Mapping[str, Any], body: memoryview) -> dict[str, Tensor]:
         blob = body[offset : offset + length]
         if zlib.crc32(blob) != crc:
             raise _damaged(f"the checksum of the tensor {name!r} does not match")
-        found[name] = torch.from_numpy(raw.decode(blob, shape, dtype, bits))
+        found[name] = torch.from_numpy(raw.decode(blob, tuple(shape), dtype, bits))
         end = offset + length
     if end != len(body):
         raise _damaged(f"{len(body) - end} bytes belong to no tensor", "Do not trust it.")
@@ -169,22 +202,25 @@ def decode(data: bytes, into: nn.Module | None = None) -> nn.Module:
     header, body = _opened(data)
     tensors = _sections(header, body)
     structure = header["structure"]
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        owner, mark, part = name.rpartition("//")
+        parts.setdefault(owner if mark else name, {})[part if mark else ""] = tensor
     try:
         forms = {
-            name: packed.restore(
-                entry["spec"],
-                {k.partition("//")[2]: t for k, t in tensors.items() if k.startswith(f"{name}//")},
-                entry["shape"],
-            )
+            name: packed.restore(entry["spec"], parts[name], entry["shape"])
             for name, entry in structure.get("forms", {}).items()
         }
         plain = {name: t for name, t in tensors.items() if "//" not in name}
         if into is None:
             dense = {name: form.dense().detach() for name, form in forms.items()}
-            return program.build(header["graph"], plain | dense)
-        return _into(into, structure, forms, plain)
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, RecursionError) as error:
+            return program.build(header["graph"], plain | dense, parts.get("", {}))
+    except MALFORMED as error:
         raise _damaged(f"its parts do not fit together ({type(error).__name__}: {error})") from error
+    try:
+        return _into(into, structure, forms, plain)
+    except MALFORMED as error:
+        raise _misfit(into, f"{type(error).__name__}: {error}") from error
 
 
 def _into(
@@ -196,14 +232,27 @@ def _into(
     surgery.replay(model, structure)
     for name, form in forms.items():
         path, leaf = surgery.split_name(name)
-        packed.install(model.get_submodule(path), leaf, form)
-    here = {n for n in model.state_dict() if ".parametrizations." not in f".{n}"}
-    if here != set(plain):
-        odd = sorted(here ^ set(plain))[:3]
-        raise Damaged(
-            f"load model.whet into {type(model).__name__}",
-            f"the tensors {', '.join(odd)} stand in only one of the two",
-            "Give a fresh instance of the class that was compressed, built with the same arguments.",
+        module = model.get_submodule(path)
+        if form.dense().shape != getattr(module, leaf).shape:
+            raise _misfit(model, f"{name} has another shape in the two")
+        packed.install(module, leaf, form)
+    here = _plain(model, forms)
+    odd = [n for n in sorted({*here, *plain}) if _kind(here.get(n)) != _kind(plain.get(n))]
+    if odd:
+        raise _misfit(
+            model, f"{', '.join(odd[:3])} stand in only one of the two or differ in shape or type"
         )
     model.load_state_dict(dict(plain), strict=False)
     return model.eval()
+
+
+def _kind(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (tensor.shape, tensor.dtype)
+
+
+def _misfit(model: nn.Module, found: str) -> Damaged:
+    return Damaged(
+        f"load model.whet into {type(model).__name__}",
+        found,
+        "Give a fresh instance of the class that was compressed, built with the same arguments.",
+    )

@@ -1,7 +1,7 @@
 """What a compressed weight *is*: a small tree of forms with a `Dense` leaf.
 
-`Sparse(Affine(Dense))` is a quantized then pruned weight, `Affine(Sparse(Dense))` a pruned then
-quantized one. A form is installed through torch's own parametrization, so that training,
+`Sparse(Affine(Dense))` is a pruned then quantized weight, `Affine(Sparse(Dense))` a quantized then
+pruned one: each step rewrites the leaf it finds. A form is installed through torch's own parametrization, so that training,
 `deepcopy`, `state_dict` and `torch.export` see an ordinary weight. Techniques write forms; codecs,
 targets and meters read them and never ask which technique made them.
 """
@@ -9,14 +9,14 @@ targets and meters read them and never ask which technique made them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from whet import numerics
-from whet.errors import BadInput, Damaged, nearest
+from whet.errors import BadInput, Damaged
 
 
 class Packed(nn.Module):
@@ -27,8 +27,8 @@ class Packed(nn.Module):
         raise NotImplementedError
 
     def bits(self) -> int:
-        """Bits this form stores, tables included, before any entropy coding."""
-        raise NotImplementedError
+        """Bits this form stores, tables and masks included, before any entropy coding."""
+        return sum(tensor.numel() * bits for tensor, bits in store(self).values())
 
     def take(self, dim: int, index: Tensor) -> None:
         """Keep the slices `index` of dimension `dim`, in place."""
@@ -72,9 +72,6 @@ class Dense(Packed):
 
     def dense(self) -> Tensor:
         return self.value
-
-    def bits(self) -> int:
-        return self.value.numel() * self.value.element_size() * 8
 
     def take(self, dim: int, index: Tensor) -> None:
         self.value = nn.Parameter(
@@ -151,10 +148,6 @@ class Affine(Packed):
         q = torch.clamp(u + (u.round() - u).detach() + zero, low, high)
         return numerics.dequantize(q, scale, zero)
 
-    def bits(self) -> int:
-        count = self.codes().numel() * self.bits_wide + self.scale.numel() * 32
-        return count if self.symmetric else count + self.zero_point.numel() * self.bits_wide
-
     def take(self, dim: int, index: Tensor) -> None:
         self.inner.take(dim, index)
         if self.axis == dim:
@@ -205,10 +198,6 @@ class Sparse(Packed):
         inner = self.inner.dense()
         return torch.where(self.mask, inner, torch.zeros((), dtype=inner.dtype))
 
-    def bits(self) -> int:
-        kept = int(self.mask.sum())
-        return self.mask.numel() + self.inner.bits() * kept // max(self.mask.numel(), 1)
-
     def take(self, dim: int, index: Tensor) -> None:
         self.inner.take(dim, index)
         self.mask = self.mask.index_select(dim, index)
@@ -228,6 +217,7 @@ class Sparse(Packed):
         return f"{density:.0%} dense, {self.inner.words()}"
 
 
+DEEPEST = 16
 FORMS: Mapping[str, type[Packed]] = {f.__name__: f for f in (Dense, Affine, Sparse)}
 
 
@@ -321,9 +311,28 @@ def restore(spec: Mapping[str, Any], parts: Mapping[str, Tensor], shape: list[in
     Raises:
         Damaged: the parts do not fit the description.
     """
+    _check(spec, parts, shape)
     mask = parts["mask"].bool().reshape(shape) if "mask" in parts else None
     latent = _latent(spec, parts, shape, mask)
     return _build(spec, parts, latent, mask)
+
+
+def _check(spec: Mapping[str, Any], parts: Mapping[str, Tensor], shape: list[int]) -> None:
+    """Refuse a tree or table whose size does not follow from the weight's shape."""
+    if any(type(size) is not int or size < 0 for size in shape):
+        raise _damaged(f"a weight of the shape {shape} is described")
+    for _ in range(DEEPEST):
+        if spec.get("form") == "Affine":
+            axis, tables = spec["axis"], (parts["scale"], _zero_point(parts))
+            wanted = () if axis is None else (shape[axis],)
+            if type(spec["bits"]) is not int or not 2 <= spec["bits"] <= 16:
+                raise _damaged(f"a grid of {spec['bits']!r} bits is described")
+            if any(tuple(table.shape) != wanted for table in tables):
+                raise _damaged(f"the scales of a grid have another shape than {list(wanted)}")
+        if "inner" not in spec:
+            return
+        spec = spec["inner"]
+    raise _damaged(f"a form is nested more than {DEEPEST} deep")
 
 
 def from_state(spec: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str) -> Packed:
@@ -377,9 +386,8 @@ def _zero_point(parts: Mapping[str, Tensor]) -> Tensor:
     return parts["zero_point"] if "zero_point" in parts else torch.zeros_like(parts["scale"])
 
 
-def _unknown(spec: Mapping[str, Any]) -> Tensor:
-    name = str(spec.get("form"))
-    raise _damaged(f"the form {name!r} is not known; {nearest(name, FORMS)}")
+def _unknown(spec: Mapping[str, Any]) -> NoReturn:
+    raise _damaged(f"the form {spec.get('form')!r} is none of {', '.join(FORMS)}")
 
 
 def _build(
@@ -393,6 +401,8 @@ def _build(
         if mask is None:
             raise _damaged("a sparse weight has no mask")
         return Sparse(inner, mask)
+    if kind != "Affine":
+        _unknown(spec)
     return Affine(
         inner,
         parts["scale"],

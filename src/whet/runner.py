@@ -240,12 +240,18 @@ class _Run:
         if self.workspace is None:
             return
         mark = self.workspace / "run.json"
-        mine = {"recipe": self.recipe.yaml(), "seed": self.settings.seed, "whet": __version__}
+        mine = {
+            "recipe": self.recipe.yaml(),
+            "seed": self.settings.seed,
+            "target": self.settings.target,
+            "threads": self.settings.threads,
+            "whet": __version__,
+        }
         if mark.exists() and self.settings.resume:
             if json.loads(mark.read_text()) != mine:
                 raise BadInput(
                     f"resume the run in {self.workspace}",
-                    "it was another recipe, seed or version of whet",
+                    "it was another recipe, seed, target, thread count or version of whet",
                     "Start again without --resume.",
                 )
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,14 @@ class Metric:
     measure: Callable[[Any, Any], Any]
     better: str = "higher"
     unit: str = ""
+
+    def __post_init__(self) -> None:
+        if self.better not in ("higher", "lower"):
+            raise BadInput(
+                f"measure {self.name!r}",
+                f"better is {self.better!r}",
+                'Say "higher" or "lower".',
+            )
 
     def drop(self, before: float, after: float) -> float:
         """How much worse `after` is than `before`; negative where it is better."""
@@ -115,7 +124,9 @@ class Task:
                 )
         if not all(_finite(t) for t in tensors_in(self.example)):
             raise BadInput(
-                "call the network on Task.example", "it holds NaN or infinite values", "Give real data."
+                "call the network on Task.example",
+                "it holds NaN or infinite values",
+                "Give real data.",
             )
         outputs = self._try(self.example, "Task.example")
         for split in ("train", "validation", "test", "calibration"):
@@ -124,10 +135,9 @@ class Task:
                 self._check_split(split, batches, outputs)
 
     def _try(self, inputs: tuple[Any, ...], what: str) -> Any:
-        mode = self.model.training
         try:
-            with torch.no_grad():
-                outputs = self.model.eval()(*inputs)
+            with torch.no_grad(), evaluating(self.model):
+                outputs = self.model(*inputs)
         except Exception as error:
             shapes = ", ".join(str(list(t.shape)) for t in tensors_in(inputs)) or "no tensor"
             raise BadInput(
@@ -135,8 +145,6 @@ class Task:
                 f"it raised {type(error).__name__}: {error}",
                 "Give inputs that the network's forward accepts, as a tuple.",
             ) from error
-        finally:
-            self.model.train(mode)
         if not all(_finite(t) for t in tensors_in(outputs)):
             raise BadInput(
                 f"call the network on {what}",
@@ -146,6 +154,12 @@ class Task:
         return outputs
 
     def _check_split(self, split: str, batches: Batches, outputs: Any) -> None:
+        if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+            raise BadInput(
+                f"read Task.{split}",
+                f"it is {type(batches).__name__}",
+                "Give a list or a DataLoader of pairs (inputs, labels).",
+            )
         if iter(batches) is batches:
             raise BadInput(
                 f"read Task.{split} more than once",
@@ -158,28 +172,42 @@ class Task:
         if not (isinstance(first, (tuple, list)) and len(first) == 2):
             raise BadInput(
                 f"read Task.{split}",
-                f"a batch is {type(first).__name__}",
+                f"a batch is {type(first).__name__}"
+                + (f" of {len(first)}" if isinstance(first, (tuple, list)) else ""),
                 "Give pairs (inputs, labels); labels may be None in calibration.",
             )
         inputs, labels = first
         if not all(_finite(t) for t in tensors_in(inputs)):
             raise BadInput(
-                f"read Task.{split}", "the first batch holds NaN or infinite inputs", "Clean the data."
+                f"read Task.{split}",
+                "the first batch holds NaN or infinite inputs",
+                "Clean the data.",
             )
         got = self._try(as_arguments(inputs), f"the first batch of Task.{split}")
         if split == "calibration":
             return
         self._check_labels(split, labels, got)
-        loss = self.loss(got, labels)
-        if not torch.is_tensor(loss) or loss.ndim != 0 or not bool(torch.isfinite(loss)):
-            raise BadInput(
-                f"compute Task.loss on the first batch of Task.{split}",
-                f"it gave {loss!r}",
-                "Give a function (outputs, labels) -> one finite 0-d tensor.",
-            )
+        self._number("loss", split, lambda: self.loss(got, labels))
+        if split != "train":
+            self._number("metric", split, lambda: float(self.measure.measure(got, labels)))
+
+    def _number(self, what: str, split: str, compute: Callable[[], Any]) -> None:
+        """Check that the loss is one finite 0-d tensor, or the metric one finite number."""
+        asked = f"compute Task.{what} on the first batch of Task.{split}"
+        wanted = "0-d tensor" if what == "loss" else "number"
+        todo = f"Give a function (outputs, labels) -> one finite {wanted}."
+        try:
+            value = compute()
+        except Exception as error:
+            raise BadInput(asked, f"it raised {type(error).__name__}: {error}", todo) from error
+        sound = torch.is_tensor(value) and value.ndim == 0 if what == "loss" else True
+        if not sound or not bool(torch.isfinite(torch.as_tensor(value))):
+            raise BadInput(asked, f"it gave {value!r}", todo)
 
     def _check_labels(self, split: str, labels: Any, outputs: Any) -> None:
         if self.loss is not F.cross_entropy or not torch.is_tensor(labels) or labels.ndim != 1:
+            return
+        if not torch.is_tensor(outputs) or outputs.ndim < 2 or not len(labels):
             return
         classes = outputs.shape[1]
         low, high = int(labels.min()), int(labels.max())
@@ -193,6 +221,18 @@ class Task:
 
 def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; after it every module is in the mode it was in, whatever happened."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def as_arguments(inputs: Any) -> tuple[Any, ...]:
@@ -254,15 +294,19 @@ def evaluate(model: nn.Module, batches: Batches, metric: Metric) -> float:
     Raises:
         BadInput: no batch, or outputs that are not finite.
     """
-    mode = model.training
-    model.eval()
     total, seen = 0.0, 0
-    for inputs, labels in batches:
-        outputs = model(*as_arguments(inputs))
-        size = batch_size(inputs)
-        total += float(metric.measure(outputs, labels)) * size
-        seen += size
-    model.train(mode)
+    with evaluating(model):
+        for inputs, labels in batches:
+            outputs = model(*as_arguments(inputs))
+            if not all(_finite(t) for t in tensors_in(outputs)):
+                raise BadInput(
+                    "evaluate the network",
+                    "its outputs hold NaN or infinite values",
+                    "Lower lr, or take out the step that spoilt the weights.",
+                )
+            size = batch_size(inputs)
+            total += float(metric.measure(outputs, labels)) * size
+            seen += size
     if not seen:
         raise BadInput("evaluate the network", "there is no batch", "Give at least one batch.")
     return total / seen

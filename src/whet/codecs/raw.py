@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from whet.errors import Damaged
@@ -32,14 +34,19 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: i
     Raises:
         Damaged: the number of bytes does not fit `shape`, `dtype` and `bits`.
     """
-    count = int(np.prod(shape, dtype=np.int64))
+    count, kind = math.prod(shape), np.dtype(dtype)
+    if bits != kind.itemsize * 8 and not (kind.kind in "iu" and 0 < bits < kind.itemsize * 8):
+        raise Damaged(
+            "decode a tensor",
+            f"{dtype} values of {bits} bits do not exist",
+            "The file is damaged; get it again from its source.",
+        )
     if len(data) != packed_size(count, bits):
         raise Damaged(
             "decode a tensor",
             f"{len(data)} bytes stand where {packed_size(count, bits)} belong",
             "The file is damaged; get it again from its source.",
         )
-    kind = np.dtype(dtype)
     if bits == kind.itemsize * 8:
         little = np.frombuffer(data, dtype=kind.newbyteorder("<"))
         return little.astype(kind).reshape(shape)

@@ -9,9 +9,10 @@ fixed, with the reason, and its channels are left alone.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,9 @@ class _Flow:
         default_factory=list
     )
     pad_calls: dict[str, int] = field(default_factory=dict)
+    joined: set[tuple[str, str]] = field(default_factory=set)  # (call, parameter it understands)
+    suspects: list[np.ndarray] = field(default_factory=list)  # sizes that may stand in the code
+    at: str = ""  # the call being walked over
 
     def labels(self, node: Any) -> Labels:
         return self.values.get(node.name, {}) if isinstance(node, Node) else {}
@@ -159,6 +163,7 @@ class _Flow:
             if isinstance(node, Node):
                 self.union.fix(labels, f"{node.name} is computed, not a parameter")
             return
+        self.joined.add((self.at, name))
         known = self.members.get((name, dim))
         if known is None:
             self.members[name, dim] = labels
@@ -177,6 +182,10 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(int(s) for s in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
+def _operator(node: Node) -> str:
+    return str(node.target).removeprefix("aten.").split(".")[0]
+
+
 def _bundle(flow: _Flow, labels: np.ndarray, groups: int) -> None:
     """The j-th channel of every group goes together, so that groups stay equal."""
     rows = labels.reshape(groups, -1)
@@ -186,11 +195,10 @@ def _bundle(flow: _Flow, labels: np.ndarray, groups: int) -> None:
 
 def _convolution(flow: _Flow, node: Node) -> Labels:
     x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
-    transposed = "transpose" in str(node.target)
-    place = 7 if transposed else 6
-    groups = int(node.args[place]) if len(node.args) > place else 1  # type: ignore[call-overload]
-    if transposed and len(node.args) <= 7 and len(node.args) > 6:
-        groups = int(node.args[6])  # type: ignore[call-overload]
+    transposed, place = "transpose" in _operator(node), 6
+    if _operator(node) == "convolution":
+        transposed, place = bool(node.args[6]), 8
+    groups = int(node.args[place]) if len(node.args) > place else 1  # type: ignore[arg-type]
     channels, out = _shape(x)[1], _shape(node)[1]
     inner = flow.labels(x).get(1)
     if inner is None:
@@ -241,23 +249,12 @@ def _batch_norm(flow: _Flow, node: Node) -> Labels:
     return labels
 
 
-def _group_norm(flow: _Flow, node: Node) -> Labels:
-    labels = flow.labels(node.args[0])
-    if 1 in labels:
-        _bundle(flow, labels[1], int(node.args[1]))  # type: ignore[call-overload]
-        for tensor in node.args[2:4]:
-            if isinstance(tensor, Node):
-                flow.join(tensor, 0, labels[1])
-    return labels
-
-
-def _layer_norm(flow: _Flow, node: Node) -> Labels:
-    labels, last = flow.labels(node.args[0]), len(_shape(node)) - 1
-    if len(node.args[1]) != 1 or any(not flow.tensor(t) for t in node.args[2:4]):  # type: ignore
-        flow.fix(node, [labels], "a LayerNorm over several dimensions or without weights")
-    elif last in labels:
-        for tensor in node.args[2:4]:
-            flow.join(tensor, 0, labels[last])
+def _joint_norm(flow: _Flow, node: Node) -> Labels:
+    """A norm over several channels: a removed one would change what the others are divided by."""
+    labels, norm = flow.labels(node.args[0]), _operator(node)
+    reach = 1 if norm == "group_norm" else len(_shape(node)) - len(node.args[1])  # type: ignore
+    held = {d: ids for d, ids in labels.items() if d >= reach}
+    flow.fix(node, [held], {"group_norm": "a GroupNorm", "layer_norm": "a LayerNorm"}[norm])
     return labels
 
 
@@ -345,8 +342,7 @@ def _reduce(flow: _Flow, node: Node) -> Labels:
     result: Labels = {}
     for dim, ids in labels.items():
         if dim in gone:
-            if keep or rank > len(gone):
-                flow.union.fix(ids, f"a reduction over channels in {module_path(node)}")
+            flow.fix(node, [{dim: ids}], "a reduction over channels")
         else:
             result[dim if keep else dim - sum(g < dim for g in gone)] = ids
     return result
@@ -380,6 +376,9 @@ def _reshape(flow: _Flow, node: Node) -> Labels:
         if len(held) > 1 or len(wide) != 1:
             flow.fix(node, [{d: labels[d]} for d in held], "a reshape that splits channels")
             continue
+        asked = node.args[1] if len(node.args) > 1 else None
+        if isinstance(asked, (list, tuple)) and asked[wide[0]] != -1:
+            flow.suspects.append(labels[held[0]])
         sizes = [before[d] if d == held[0] else 1 for d in left]
         ids = np.broadcast_to(labels[held[0]].reshape(sizes), [before[d] for d in left])
         result[wide[0]] = ids.reshape(-1)
@@ -427,8 +426,7 @@ RULES: dict[str, Callable[[_Flow, Node], Labels]] = {
     **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(), _convolution),
     "linear": _linear,
     "batch_norm": _batch_norm,
-    "group_norm": _group_norm,
-    "layer_norm": _layer_norm,
+    **dict.fromkeys(["group_norm", "layer_norm"], _joint_norm),
     "prelu": _prelu,
     "cat": _concat,
     "pad": _pad,
@@ -456,12 +454,23 @@ def _walk(flow: _Flow) -> None:
                 for ids in each.values():
                     flow.union.fix(ids, "its channels are the network's output")
         elif node.op == "call_function":
-            name = str(node.target).removeprefix("aten.").split(".")[0]
+            flow.at, name = node.name, _operator(node)
             rule = RULES.get(name)
             if rule is None:
                 flow.fix(node, map(flow.labels, node.all_input_nodes), f"the operator {name}")
             else:
                 flow.values[node.name] = rule(flow, node)
+
+
+def _fix_what_others_read(flow: _Flow) -> None:
+    """A parameter that some call reads in a way that no rule understands keeps its shape."""
+    for node in flow.trace.nodes:
+        for operand in node.all_input_nodes:
+            name = flow.tensor(operand)
+            if name is None or (node.name, name) in flow.joined:
+                continue
+            held = [{dim: ids} for (each, dim), ids in flow.members.items() if each == name]
+            flow.fix(node, held, f"{name} is read by {_operator(node)}")
 
 
 def _gather(flow: _Flow) -> list[Group]:
@@ -510,7 +519,32 @@ def find_groups(model: nn.Module, example: tuple[Any, ...]) -> list[Group]:
     """The coupled channel groups of `model`, those left alone included, with the reason."""
     flow = _Flow(trace(model, example), model.get_submodule)
     _walk(flow)
-    return _gather(flow)
+    _fix_what_others_read(flow)
+    return [_tried(model, example, flow, group) for group in _gather(flow)]
+
+
+def _tried(model: nn.Module, example: tuple[Any, ...], flow: _Flow, group: Group) -> Group:
+    """Try a cut that the user's code may not bear: sizes written into it, modules of its own."""
+    doubtful = {flow.union.find(int(i)) for ids in flow.suspects for i in ids}
+    owners = [flow.module(surgery.split_name(m.name)[0]) for m in group.members]
+    mine = {flow.union.find(int(i)) for m in group.members for i in flow.members[m.name, m.dim]}
+    known = all(isinstance(owner, surgery.SIZED) for owner in owners)
+    if group.units < 2 or (known and not doubtful & mine):
+        return group
+    twin = copy.deepcopy(model).eval()
+    cut(twin, group, np.arange(group.units) > 0)
+    try:
+        with torch.no_grad():
+            twin(*example)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return replace(
+            group,
+            units=0,
+            kinds=group.kinds[:0],
+            fixed=f"the network's code is written for all of its channels ({reason})",
+        )
+    return group
 
 
 def cut(model: nn.Module, group: Group, kept: np.ndarray) -> None:

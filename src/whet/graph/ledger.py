@@ -7,6 +7,7 @@ instance of the user's class.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,6 +32,10 @@ class Grid:
     zero_point: int
     low: int
     high: int
+
+    def __post_init__(self) -> None:
+        if not (0 < self.scale < math.inf and self.low <= self.zero_point <= self.high):
+            raise ValueError(f"{self} is no grid")
 
     def __call__(self, x: Tensor) -> Tensor:
         return torch.fake_quantize_per_tensor_affine(

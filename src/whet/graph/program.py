@@ -1,78 +1,114 @@
 """An exported graph as JSON, and back: a network that runs without its class.
 
-Only operators of torch's own ATen library that are functions of tensors and numbers are accepted;
-none that reads or writes files, and none that takes free text.
+Only operators of torch's own ATen library that compute tensors from tensors and numbers are
+accepted; none that reads or writes files, takes free text, resizes storage or trusts its indices.
+The stored graph is interpreted call by call: no Python is generated from it.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from whet.errors import BadInput, Damaged
 
-WORDS = frozenset({"approximate", "rounding_mode", "padding_mode", "mode", "reduce", "padding"})
-MOST_NODES = 1_000_000
+# arguments that are a word of a fixed list, or an equation of letters
+WORDS = frozenset(
+    "approximate rounding_mode padding_mode pad_mode mode reduce padding padding_side equation "
+    "indexing interpolation norm ord".split()
+)
+# operators that begin with an underscore are torch's inner ones; these are safe and are exported
+PRIVATE = re.compile(
+    r"__(and|or|xor|lshift|rshift|iand|ior|ixor)__|_(log_)?softmax|_safe_softmax|_to_copy"
+    r"|_native_batch_norm_legit(_no_training)?|_unsafe_view|_reshape_alias|_stack|_convolution"
+    r"|_adaptive_avg_pool[23]d|_prelu_kernel|_weight_norm(_interface)?|_cdist_forward"
+    r"|_euclidean_dist|_fft_(c2c|c2r|r2c)|_conj|_upsample_\w+_aa|_upsample_nearest_exact[123]d"
+    r"|_scaled_dot_product_flash_attention_for_cpu|_transformer_encoder_layer_fwd"
+    r"|_native_multi_head_attention|_fused_rms_norm|_thnn_fused_(gru|lstm)_cell"
+)
+# operators that see memory, storage or packed weights of a runtime, and not values alone
+UNSAFE = re.compile(
+    r"^(set|set_|.*resize.*|.*empty.*|.*sparse.*|.*nested.*|.*fbgemm.*|.*mkldnn.*|.*cudnn.*"
+    r"|.*miopen.*|quantized_.*|.*_file|.*backward.*|pin_memory)$"
+)
+MOST_NODES = 200_000
+DEEPEST = 8
 DTYPES = {
     str(d): d
     for d in (
         torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16,
-        torch.int32, torch.int64, torch.uint8, torch.bool,
+        torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.complex128,
     )
 }  # fmt: skip
 LAYOUTS = {str(m): m for m in (torch.contiguous_format, torch.preserve_format, torch.channels_last)}
 
 
-def describe(program: ExportedProgram) -> dict[str, Any]:
-    """The graph as JSON; weights are named, not stored.
+def describe(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The graph as JSON, which names its weights, and the constants that no state_dict holds.
 
     Raises:
         BadInput: the network's outputs are not a tensor or a nest of tuples, lists and dicts, or
-            it calls something else than an ATen operator.
+            it calls something else than an ATen operator that computes tensors.
     """
     signature = program.graph_signature
     names = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    constants = dict(signature.inputs_to_lifted_tensor_constants)
+    kept = {n for n in names.values() if n not in signature.non_persistent_buffers}
+    names |= dict(signature.inputs_to_lifted_tensor_constants)
     nodes: list[list[Any]] = []
+    constants: dict[str, Tensor] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            if node.name in constants:
-                value = program.constants[constants[node.name]]
-                nodes.append([node.name, "constant", value.tolist(), str(value.dtype)])
-            elif node.name in names:
+            if names.get(node.name) in kept:
                 nodes.append([node.name, "tensor", names[node.name]])
+            elif node.name in names:
+                constants[node.name] = program.constants[names[node.name]]  # type: ignore[assignment]
+                nodes.append([node.name, "constant"])
             else:
                 nodes.append([node.name, "input"])
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not _asserts(node):
             arguments = [_plain(a) for a in node.args]
             named = {k: _plain(v) for k, v in node.kwargs.items()}
             nodes.append([node.name, _name(node.target), arguments, named])
     output = next(n for n in program.graph.nodes if n.op == "output")
     spec = program.call_spec.out_spec
     template = pytree.tree_unflatten([{"leaf": k} for k in range(spec.num_leaves)], spec)
-    return {"nodes": nodes, "outputs": _plain(output.args[0]), "template": _tree(template)}
+    graph = {"nodes": nodes, "outputs": _plain(output.args[0]), "template": _tree(template)}
+    return graph, constants
+
+
+def _asserts(node: Node) -> bool:
+    """Whether a call only checks something that held when the network was traced."""
+    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else "?"
+    return not node.users and not returns
 
 
 def _name(target: Any) -> str:
     if target is operator.getitem:
         return "getitem"
+    reason = "which is not one of torch's own tensor operators"
     if isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return str(target).removeprefix("aten.")
+        name = str(target).removeprefix("aten.")
+        if not _unsafe(name, target._schema):
+            return name
+        reason = "which does more than compute tensors"
     raise BadInput(
         "store the network's graph",
-        f"it calls {target}, which is not one of torch's own tensor operators",
+        f"it calls {target}, {reason}",
         "Replace that call; control flow and custom operators cannot be stored.",
     )
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, fx.Node):
+    if isinstance(value, Node):
         return {"node": value.name}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
@@ -90,7 +126,7 @@ def _tree(template: Any) -> Any:
     if type(template) in (list, tuple):
         return {type(template).__name__: [_tree(item) for item in template]}
     if isinstance(template, dict):
-        return {"dict": {str(key): _tree(item) for key, item in template.items()}}
+        return {"dict": [[_key(key), _tree(item)] for key, item in template.items()]}
     raise BadInput(
         "store the network's graph",
         f"its output holds a {type(template).__name__}",
@@ -98,37 +134,81 @@ def _tree(template: Any) -> Any:
     )
 
 
+def _key(key: Any) -> Any:
+    if isinstance(key, (str, int)):
+        return key
+    raise BadInput(
+        "store the network's graph",
+        f"its output is a dict with the key {key!r}",
+        "Use texts or whole numbers as keys.",
+    )
+
+
 def _refuse(found: str) -> Damaged:
     return Damaged("rebuild the stored graph", found, "Do not trust this file.")
 
 
-def _operator(name: str) -> Any:
+def _unsafe(name: str, schema: Any) -> bool:
+    """Whether an operator does more than compute tensors from tensors and numbers."""
+    base = name.partition(".")[0]
+    texts = {a.name for a in schema.arguments if "str" in str(a.type)}
+    returns = [str(r.type) for r in schema.returns]
+    return (
+        not texts <= WORDS
+        or not returns
+        or not all("Tensor" in kind for kind in returns)
+        or any(a.is_out for a in schema.arguments)
+        or UNSAFE.match(base) is not None
+        or (base.startswith("_") and PRIVATE.fullmatch(base) is None)
+    )
+
+
+def _operator(name: Any) -> Any:
     """The ATen operator called `name`, if it is one that can only compute."""
-    if name == "getitem":
-        return operator.getitem
-    base, _, overload = name.partition(".")
-    if not base.replace("_", "a").isalnum() or not overload.replace("_", "a").isalnum():
+    base, _, overload = str(name).partition(".")
+    if not re.fullmatch(r"\w+\.\w+", str(name), re.ASCII):
         raise _refuse(f"{name!r} is not the name of an operator")
     try:
         found = getattr(getattr(torch.ops.aten, base), overload)
-        schema = found._schema
     except (AttributeError, RuntimeError) as error:
         raise _refuse(f"torch has no operator {name!r}") from error
-    texts = {a.name for a in schema.arguments if "str" in str(a.type)}
-    returns = {str(r.type) for r in schema.returns}
-    if not texts <= WORDS or not all("Tensor" in r for r in returns) or not returns:
+    if not isinstance(found, torch._ops.OpOverload) or _unsafe(str(name), found._schema):
         raise _refuse(f"the operator {name!r} does more than compute tensors")
     return found
 
 
-def _value(spec: Any, env: Mapping[str, fx.Node]) -> Any:
+@dataclass(frozen=True)
+class _Ref:
+    """The value that an earlier call made."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of the stored graph; `frees` are the values that nothing reads after it."""
+
+    name: str
+    function: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    frees: tuple[str, ...] = ()
+
+
+def _value(spec: Any, made: Set[str], depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        raise _refuse(f"an argument is nested more than {DEEPEST} deep")
     if isinstance(spec, list):
-        return [_value(item, env) for item in spec]
+        return [_value(item, made, depth + 1) for item in spec]
+    if isinstance(spec, int) and abs(spec) >= 2**63:
+        raise _refuse("an argument is larger than any whole number of torch")
     if not isinstance(spec, dict):
         return spec
     ((kind, name),) = spec.items()
     if kind == "node":
-        return env[name]
+        if name not in made:
+            raise _refuse(f"it reads {name!r} before it is made")
+        return _Ref(name)
     if kind == "float":
         return float(name)
     if kind == "dtype":
@@ -142,12 +222,71 @@ def _value(spec: Any, env: Mapping[str, fx.Node]) -> Any:
     raise _refuse(f"an argument of kind {kind!r}")
 
 
+def _call(name: str, kind: Any, args: Any, kwargs: Any, made: Set[str]) -> _Call:
+    if not isinstance(args, list) or not isinstance(kwargs, dict):
+        raise _refuse(f"the arguments of {name!r} are malformed")
+    values = [_value(a, made) for a in args]
+    named = {key: _value(v, made) for key, v in kwargs.items()}
+    if kind == "getitem":
+        if len(values) != 2 or named or not isinstance(values[0], _Ref) or type(values[1]) is not int:
+            raise _refuse(f"the arguments of {name!r} are malformed")
+        return _Call(name, operator.getitem, values, named)
+    function = _operator(kind)
+    known = [a.name for a in function._schema.arguments]
+    if len(values) > len(known) or not set(named) <= set(known):
+        raise _refuse(f"{kind} has no such arguments as {name!r} gives it")
+    return _Call(name, function, values, named)
+
+
+def _filled(spec: Any, values: Mapping[str, Any]) -> Any:
+    """`spec` with values in place of references."""
+    if isinstance(spec, _Ref):
+        return values[spec.name]
+    return [_filled(item, values) for item in spec] if isinstance(spec, list) else spec
+
+
+def _read(spec: Any) -> set[str]:
+    """The names that `spec` refers to."""
+    if isinstance(spec, _Ref):
+        return {spec.name}
+    return set().union(*map(_read, spec)) if isinstance(spec, list) else set()
+
+
+def _freeing(calls: list[_Call], outputs: list[Any]) -> list[_Call]:
+    """The calls, each with the values it is the last to read, so that memory is given back."""
+    needed, found = _read(outputs), []
+    for call in reversed(calls):
+        last = (_read(call.args) | _read(list(call.kwargs.values())) | {call.name}) - needed
+        needed |= last
+        found.append(_Call(call.name, call.function, call.args, call.kwargs, tuple(sorted(last))))
+    return found[::-1]
+
+
+def _checked(template: Any, leaves: int, depth: int = 0) -> Any:
+    """A nest of outputs as `_tree` writes it."""
+    ((kind, inside),) = template.items()
+    if depth > DEEPEST or kind not in ("leaf", "dict", "tuple", "list"):
+        raise _refuse("the nest of its outputs is malformed")
+    if kind == "leaf":
+        if type(inside) is not int or not 0 <= inside < leaves:
+            raise _refuse("the nest of its outputs is malformed")
+    elif kind == "dict":
+        for key, item in inside:
+            if not isinstance(key, (str, int)):
+                raise _refuse("the nest of its outputs is malformed")
+            _checked(item, leaves, depth + 1)
+    else:
+        for item in inside:
+            _checked(item, leaves, depth + 1)
+    return template
+
+
 def _assemble(template: Any, leaves: list[Any]) -> Any:
     ((kind, inside),) = template.items()
     if kind == "leaf":
-        return leaves[int(inside)]
+        return leaves[inside]
     if kind == "dict":
-        return {key: _assemble(item, leaves) for key, item in inside.items()}
+        return {key: _assemble(item, leaves) for key, item in inside}
     items = [_assemble(item, leaves) for item in inside]
     return tuple(items) if kind == "tuple" else items
 
@@ -156,22 +295,44 @@ class Stored(nn.Module):
     """A network that runs a stored graph; made by `build`.
 
     Args:
-        graph: the calls.
-        tensors: the weights by name.
+        inputs: the names of its inputs, flattened.
+        calls: the calls in order.
+        outputs: what it returns, flattened.
         template: how the outputs nest.
+        buffers: the buffer that holds each weight.
     """
 
-    def __init__(self, graph: fx.GraphModule, template: Any) -> None:
+    def __init__(
+        self,
+        inputs: list[str],
+        calls: list[_Call],
+        outputs: list[Any],
+        template: Any,
+        buffers: dict[str, str],
+    ) -> None:
         super().__init__()
-        self.graph, self.template = graph, template
+        self.inputs, self.calls, self.outputs = inputs, calls, outputs
+        self.template, self.names = template, buffers
         self.eval()
 
     def forward(self, *inputs: Any) -> Any:
-        return _assemble(self.template, self.graph(*pytree.tree_leaves(inputs)))
+        given = pytree.tree_leaves(inputs)
+        if len(given) != len(self.inputs):
+            raise TypeError(f"the network takes {len(self.inputs)} inputs, {len(given)} were given")
+        values = dict(zip(self.inputs, given, strict=True))
+        values |= {name: getattr(self, place) for name, place in self.names.items()}
+        for call in self.calls:
+            named = {key: _filled(spec, values) for key, spec in call.kwargs.items()}
+            values[call.name] = call.function(*_filled(call.args, values), **named)
+            for name in call.frees:
+                del values[name]
+        return _assemble(self.template, _filled(self.outputs, values))
 
 
-def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stored:
-    """The network that `describe` described, with these weights.
+def build(
+    description: Mapping[str, Any], tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> Stored:
+    """The network that `describe` described, with these weights and constants.
 
     Raises:
         Damaged: the description is malformed or calls anything but tensor operators.
@@ -179,18 +340,26 @@ def build(description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Stor
     nodes = description["nodes"]
     if len(nodes) > MOST_NODES:
         raise _refuse(f"it has {len(nodes)} calls")
-    root, graph = nn.Module(), fx.Graph()
-    env: dict[str, fx.Node] = {}
-    for k, (name, kind, *rest) in enumerate(nodes):
+    made: set[str] = set()
+    inputs, calls, held = [], [], {}
+    for name, kind, *rest in nodes:
+        if not isinstance(name, str) or name in made:
+            raise _refuse(f"it makes {name!r} twice")
         if kind == "input":
-            env[name] = graph.placeholder(f"input_{k}")
-        elif kind in ("tensor", "constant"):
-            value = tensors[rest[0]] if kind == "tensor" else torch.tensor(rest[0], dtype=DTYPES[rest[1]])
-            root.register_buffer(f"t{k}", value)
-            env[name] = graph.get_attr(f"t{k}")
+            inputs.append(name)
+        elif kind == "tensor":
+            held[name] = tensors[rest[0]]
+        elif kind == "constant":
+            held[name] = constants[name]
         else:
-            arguments = tuple(_value(a, env) for a in rest[0])
-            named = {str(key): _value(v, env) for key, v in rest[1].items()}
-            env[name] = graph.call_function(_operator(kind), arguments, named)
-    graph.output(_value(description["outputs"], env))
-    return Stored(fx.GraphModule(root, graph), description["template"])
+            calls.append(_call(name, kind, *rest, made))
+        made.add(name)
+    outputs = _value(description["outputs"], made)
+    if not isinstance(outputs, list):
+        raise _refuse("it has no list of outputs")
+    template = _checked(description["template"], len(outputs))
+    places = {name: f"t{k}" for k, name in enumerate(held)}
+    network = Stored(inputs, _freeing(calls, outputs), outputs, template, places)
+    for name, tensor in held.items():
+        network.register_buffer(places[name], tensor)
+    return network

@@ -7,6 +7,7 @@ Constants of calls (a pad that feeds a residual add) are corrected at their call
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,10 +20,16 @@ from whet.errors import Damaged, nearest
 from whet.graph import sites
 from whet.graph.ledger import Edit, Grid, ledger
 
+# what an edit raises on a network, or by a description, that it does not fit
+MISFITS = (LookupError, AttributeError, ArithmeticError, RuntimeError, TypeError, ValueError)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-MOST_ELEMENTS = 2**33
+# modules whose stated sizes are corrected after a cut
+SIZED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *NORMS, nn.PReLU, nn.Embedding)
+OPTIONS = frozenset("bias kernel_size stride padding dilation groups padding_mode".split())
+# replayed edits may place so many weights, and so many times those of the network
+FREE_ELEMENTS, MOST_TIMES = 2**20, 16
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -41,27 +48,37 @@ def take(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
     """Keep the slices `keep` of dimension `dim` of the tensor `name`, and write it down."""
     path, leaf = split_name(name)
     module = model.get_submodule(path)
+    if isinstance(module, CONVOLUTIONS) and leaf == "weight" and dim == 0:
+        # depthwise layers lose whole groups, grouped ones as many filters of each
+        each = module.out_channels // module.groups
+        module.groups = len({k // each for k in keep})
     index = torch.tensor(keep, dtype=torch.long)
     form = packed.form_of(module, leaf)
     if form is not None:
         form.take(dim, index)
+        _correct_sizes(module)
     else:
         old = getattr(module, leaf)
         new = old.detach().index_select(dim, index)
         if isinstance(old, nn.Parameter):
-            setattr(module, leaf, nn.Parameter(new, old.requires_grad))
-        else:
-            setattr(module, leaf, new)
-    _correct_attributes(module)
+            new = nn.Parameter(new, old.requires_grad)
+        _put_tensor(model, old, new)
     ledger(model).edits.append(Edit("take", name, {"dim": dim, "keep": list(keep)}))
 
 
-def _correct_attributes(module: nn.Module) -> None:
+def _put_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
+    """Put `new` wherever `old` is: tied weights stay tied."""
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name in [n for n, t in own.items() if t is old]:
+                own[name] = new
+                _correct_sizes(module)
+
+
+def _correct_sizes(module: nn.Module) -> None:
     """Make the sizes a module states the sizes its tensors have."""
     if isinstance(module, CONVOLUTIONS):
         out, each = module.weight.shape[:2]
-        if module.groups == module.in_channels and module.groups > 1:  # depthwise
-            module.groups = out // (module.out_channels // module.groups)
         module.out_channels, module.in_channels = out, each * module.groups
     elif isinstance(module, TRANSPOSED):
         module.in_channels = module.weight.shape[0]
@@ -71,10 +88,6 @@ def _correct_attributes(module: nn.Module) -> None:
     elif isinstance(module, NORMS):
         known = module.weight if module.weight is not None else module.running_mean
         module.num_features = len(known) if known is not None else module.num_features
-    elif isinstance(module, nn.GroupNorm):
-        module.num_channels = len(module.weight)
-    elif isinstance(module, nn.LayerNorm):
-        module.normalized_shape = tuple(module.weight.shape)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.Embedding):
@@ -131,12 +144,17 @@ def construct(spec: Mapping[str, Any]) -> nn.Module:
     sizes = int(spec["in"]), int(spec["out"])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
     options = {k: v for k, v in options.items() if k not in ("type", "in", "out")}
-    elements = sizes[0] * sizes[1]
-    for edge in options.get("kernel_size", ()):
-        elements *= edge
-    if min(sizes) < 1 or elements > MOST_ELEMENTS:
-        raise Damaged("replay an edit", f"a {kind} of {sizes} is asked for", "Do not trust the file.")
+    if not set(options) <= OPTIONS or min(*sizes, *options.get("kernel_size", ())) < 1:
+        raise Damaged("replay an edit", f"a {kind} of {dict(spec)}", "Do not trust the file.")
     return classes[kind](*sizes, **options)
+
+
+def elements(spec: Mapping[str, Any]) -> int:
+    """How many weights the module has that `spec` describes."""
+    inside = sum(elements(child) for child in spec.get("children", ()))
+    edges = math.prod(int(edge) for edge in spec.get("kernel_size", ()))
+    across = int(spec.get("in", 0)) * int(spec.get("out", 0)) * edges
+    return inside + across // int(spec.get("groups", 1)) + int(spec.get("out", 0))
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -170,28 +188,31 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
     Raises:
         Damaged: an edit does not fit this network.
     """
+    room = FREE_ELEMENTS + MOST_TIMES * sum(p.numel() for p in model.parameters())
     for edit in book.get("edits", ()):
         try:
             if edit["kind"] == "take":
                 arguments = edit["arguments"]
                 take(model, edit["path"], int(arguments["dim"]), [int(k) for k in arguments["keep"]])
             elif edit["kind"] == "replace":
+                room -= elements(edit["arguments"])
+                if room < 0:
+                    raise ValueError("its edits place far more weights than the network has")
                 replace(model, edit["path"], construct(edit["arguments"]))
             else:
                 raise KeyError(edit["kind"])
-        except (KeyError, AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except MISFITS as error:
             raise Damaged(
                 f"replay the edit {edit.get('kind')!r} of {edit.get('path')!r} on {type(model).__name__}",
                 f"it does not fit: {error}",
                 "Give a fresh instance of the class that was compressed, built with the same arguments.",
             ) from error
-    set_grids(model, {s: Grid(**g) for s, g in book.get("grids", {}).items()})
+    grids = {site: Grid(**grid) for site, grid in book.get("grids", {}).items()}
+    if grids:
+        set_grids(model, grids)
     for site, constants in book.get("constants", {}).items():
         for argument, value in constants.items():
             set_constant(model, site, argument, value)
-    if not ledger(model).grids and not ledger(model).constants:
-        return
-    sites.activate(model)
 
 
 @torch.no_grad()

@@ -131,6 +131,7 @@ def _convert(
     editor.integer_products()
     editor.integer_biases()
     editor.drop_clamped_relus()
+    editor.integer_moves()
     return editor.finish([node.name for node in program.graph.nodes])
 
 
@@ -141,7 +142,13 @@ class _Editor:
         self.proto, self.graph = proto, proto.graph
         self.arrays = {i.name: numpy_helper.to_array(i) for i in self.graph.initializer}
         self.nodes: list[NodeProto] = list(self.graph.node)
-        self.places = {node.name: _place(node) for node in self.nodes}
+        # a layer is named by its weight: fused with a BatchNorm, its history names the BatchNorm
+        self.places = {
+            node.name: node.input[1].rpartition(".")[0]
+            if node.op_type in LAYERS and node.input[1] in self.arrays and "." in node.input[1]
+            else _place(node)
+            for node in self.nodes
+        }
 
     def _add(self, name: str, array: np.ndarray) -> str:
         self.arrays[name] = array
@@ -242,6 +249,45 @@ class _Editor:
                 for reader in after:
                     reader.input[0] = node.input[0]
                 self.nodes.remove(node)
+
+    def integer_moves(self) -> None:
+        """Slices and pads between two equal grids move the codes, not the values."""
+        for node in list(self.nodes):
+            maker = {out: n for n in self.nodes for out in n.output}
+            source = maker.get(node.input[0]) if node.input else None
+            if node.op_type not in ("Slice", "Pad") or not _dequantizes(source):
+                continue
+            assert source is not None
+            zero = source.input[2] if len(source.input) > 2 else ""
+            if node.op_type == "Pad":
+                mode = next((a.s for a in node.attribute if a.name == "mode"), b"constant")
+                fill = self.arrays.get(node.input[2]) if len(node.input) > 2 else None
+                if not zero or mode != b"constant" or (fill is not None and fill.any()):
+                    continue
+                del node.input[2:]
+                node.input.append(zero)
+            value, codes = node.output[0], f"{node.output[0]}/codes"
+            node.input[0], node.output[0] = source.input[0], codes
+            again = helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [value])
+            self.nodes.insert(self.nodes.index(node) + 1, again)
+            self._cancel(again)
+
+    def _cancel(self, node: NodeProto) -> None:
+        """Drop QuantizeLinear behind a DequantizeLinear of the same grid."""
+        for after in [n for n in self.nodes if node.output[0] in n.input]:
+            if after.op_type == "QuantizeLinear" and self._same_grid(after, node):
+                for reader in self.nodes:
+                    for k, name in enumerate(reader.input):
+                        if name == after.output[0]:
+                            reader.input[k] = node.input[0]
+                self.nodes.remove(after)
+        if not any(node.output[0] in n.input for n in self.nodes):
+            self.nodes.remove(node)
+
+    def _same_grid(self, a: NodeProto, b: NodeProto) -> bool:
+        pairs = zip(a.input[1:], b.input[1:], strict=False)
+        same = all(np.array_equal(self.arrays[x], self.arrays[y]) for x, y in pairs)
+        return same and len(a.input) == len(b.input)
 
     def _starts_at_zero(self, node: NodeProto) -> bool:
         zero = self.arrays.get(node.input[2]) if len(node.input) > 2 else None

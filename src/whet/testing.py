@@ -1,0 +1,359 @@
+"""Tiny networks and tasks to test techniques on, one of each kind that whet promises to handle.
+
+Weights are random but seeded, BatchNorm statistics are not those of a fresh layer, and one call
+takes about a millisecond. Whoever writes a technique can import these in tests of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from whet.task import Batch, Task
+
+CLASSES = 4
+Network = tuple[nn.Module, tuple[Tensor, ...]]
+
+
+def _seeded(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A network in eval mode with reproducible weights and BatchNorm statistics."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                scramble(module)
+    return model.eval()
+
+
+@torch.no_grad()
+def scramble(norm: nn.modules.batchnorm._BatchNorm) -> None:
+    """Give a BatchNorm statistics and weights as after a training."""
+    for tensor, low, high in (
+        (norm.weight, 0.5, 1.5),
+        (norm.bias, -0.5, 0.5),
+        (norm.running_mean, -0.5, 0.5),
+        (norm.running_var, 0.5, 2.0),
+    ):
+        if tensor is not None:
+            tensor.uniform_(low, high)
+
+
+def _image(size: int = 8) -> tuple[Tensor, ...]:
+    return (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)),)
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    pad = kernel // 2
+    return nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
+
+
+def _step(inputs: int, outputs: int, *, kernel: int = 3, groups: int = 1) -> list[nn.Module]:
+    conv = _conv(inputs, outputs, kernel, groups=groups)
+    return [conv, nn.BatchNorm2d(outputs), nn.ReLU()]
+
+
+def _head(channels: int) -> list[nn.Module]:
+    return [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)]
+
+
+def plain_cnn() -> Network:
+    """Convolutions with BatchNorm one after the other, as in VGG; the root is an nn.Sequential."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 16), *_step(16, 32), nn.MaxPool2d(2), *_step(32, 32), *_head(32)
+        ),
+        seed=1,
+    ), _image()
+
+
+class _Block(nn.Module):
+    """A residual block whose shortcut is the identity, a projection, or padded with zeros."""
+
+    def __init__(self, inputs: int, outputs: int, shortcut: str = "identity") -> None:
+        super().__init__()
+        stride = 1 if shortcut == "identity" else 2
+        self.conv1, self.bn1 = _conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = _conv(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.pad = (outputs - inputs) // 2 if shortcut == "pad" else 0
+        self.downsample = (
+            nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            if shortcut == "project"
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.pad:
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad))
+        return F.relu(out + x)
+
+
+def residual_cnn() -> Network:
+    """Residual blocks with identity and projection shortcuts, as in ResNet-50."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 16),
+            _Block(16, 16),
+            _Block(16, 32, "project"),
+            _Block(32, 32),
+            _Block(32, 32),
+            *_head(32),
+        ),
+        seed=2,
+    ), _image()
+
+
+def padded_residual_cnn() -> Network:
+    """Residual blocks whose shortcuts are strided and padded with zeros, as in ResNet-20."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 16), _Block(16, 16), _Block(16, 32, "pad"), _Block(32, 32), *_head(32)
+        ),
+        seed=3,
+    ), _image()
+
+
+class _Inverted(nn.Module):
+    """Expand, depthwise, project, add: the inverted residual of MobileNetV2."""
+
+    def __init__(self, channels: int, inside: int) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(_conv(channels, inside, 1), nn.BatchNorm2d(inside), nn.ReLU6())
+        self.depth = nn.Sequential(
+            _conv(inside, inside, groups=inside), nn.BatchNorm2d(inside), nn.ReLU6()
+        )
+        self.project = nn.Sequential(_conv(inside, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(self.depth(self.expand(x)))
+
+
+def depthwise_cnn() -> Network:
+    """Depthwise and pointwise convolutions with ReLU6 and a linear bottleneck, as in MobileNet."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 16),
+            *_step(16, 16, groups=16),
+            *_step(16, 32, kernel=1),
+            _Inverted(32, 64),
+            *_head(32),
+        ),
+        seed=4,
+    ), _image()
+
+
+class _Grouped(nn.Module):
+    """A residual block around a grouped convolution, as in ResNeXt."""
+
+    def __init__(self, channels: int, inside: int, groups: int) -> None:
+        super().__init__()
+        self.reduce = nn.Sequential(*_step(channels, inside, kernel=1))
+        self.grouped = nn.Sequential(*_step(inside, inside, groups=groups))
+        self.expand = nn.Sequential(_conv(inside, channels, 1), nn.BatchNorm2d(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.expand(self.grouped(self.reduce(x))))
+
+
+def grouped_cnn() -> Network:
+    """Grouped convolutions, in a residual block and in a row."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 32), _Grouped(32, 64, groups=4), *_step(32, 64, groups=4), *_head(64)
+        ),
+        seed=5,
+    ), _image()
+
+
+class _Dense(nn.Module):
+    """Each step reads the concatenation of all before it, as in DenseNet."""
+
+    def __init__(self, inputs: int, growth: int) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), _conv(inputs, growth))
+        both = inputs + growth
+        self.second = nn.Sequential(nn.BatchNorm2d(both), nn.ReLU(), _conv(both, growth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, self.first(x)], 1)
+        return torch.cat([x, self.second(x)], 1)
+
+
+class _Branches(nn.Module):
+    """Branches side by side, concatenated, as in Inception."""
+
+    def __init__(self, inputs: int, each: int) -> None:
+        super().__init__()
+        self.narrow = nn.Sequential(*_step(inputs, each, kernel=1))
+        self.wide = nn.Sequential(*_step(inputs, each, kernel=3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.narrow(x), self.wide(x), F.max_pool2d(x, 3, 1, 1)], dim=1)
+
+
+def concat_cnn() -> Network:
+    """Concatenations, as in DenseNet and Inception."""
+    return _seeded(
+        lambda: nn.Sequential(*_step(3, 16), _Dense(16, 16), _Branches(48, 16), *_head(80)), seed=6
+    ), _image()
+
+
+def flatten_cnn() -> Network:
+    """Convolutions with biases whose map is flattened into linear layers, as in LeNet."""
+    return _seeded(
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(64, 32),
+            nn.ReLU(),
+            nn.Linear(32, CLASSES),
+        ),
+        seed=7,
+    ), _image()
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru = nn.GRU(5, 16, batch_first=True)
+        self.hidden, self.out = nn.Linear(16, 32), nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps, _ = self.gru(x)
+        return self.out(F.relu(self.hidden(steps[:, -1])))
+
+
+def rnn() -> Network:
+    """A GRU over a sequence of sensor readings, with two linear layers behind it."""
+    example = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    return _seeded(_Recurrent, seed=8), (example,)
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+
+        def split(y: Tensor) -> Tensor:
+            return y.view(batch, length, self.heads, width // self.heads).transpose(1, 2)
+
+        q, k, v = split(self.query(x)), split(self.key(x)), split(self.value(x))
+        share = torch.softmax(q @ k.transpose(-2, -1) / math.sqrt(width / self.heads), dim=-1)
+        return self.out((share @ v).transpose(1, 2).reshape(batch, length, width))
+
+
+class _Layer(nn.Module):
+    def __init__(self, width: int, inside: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attention = nn.LayerNorm(width), _Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, inside), nn.GELU(), nn.Linear(inside, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, tokens: int = 32, length: int = 6, width: int = 16) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(tokens, width)
+        self.place = nn.Parameter(torch.randn(1, length, width) * 0.1)
+        self.layers = nn.ModuleList([_Layer(width, 32, 2), _Layer(width, 32, 2)])
+        self.norm, self.out = nn.LayerNorm(width), nn.Linear(width, CLASSES)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens) + self.place
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(self.norm(x).mean(dim=1))
+
+
+def transformer() -> Network:
+    """A two-layer attention encoder over tokens, written with linear layers and LayerNorm."""
+    example = torch.randint(0, 32, (2, 6), generator=torch.Generator().manual_seed(1))
+    return _seeded(_Encoder, seed=9), (example,)
+
+
+NETWORKS: Mapping[str, Callable[[], Network]] = {
+    make.__name__: make
+    for make in (
+        plain_cnn,
+        residual_cnn,
+        padded_residual_cnn,
+        depthwise_cnn,
+        grouped_cnn,
+        concat_cnn,
+        flatten_cnn,
+        rnn,
+        transformer,
+    )
+}
+
+
+def batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batch]:
+    """Batches like `example` whose classes a network can learn to tell apart.
+
+    Args:
+        example: the shape and type of the inputs; its rows are not looked at.
+        count: how many batches.
+        seed: other seeds give other batches of the same classes.
+        size: examples in a batch.
+    """
+    shape, same = example.shape[1:], torch.Generator().manual_seed(0)
+    centres = torch.randn(CLASSES, *shape, generator=same)
+    words = torch.randint(0, 32, (CLASSES, *shape), generator=same)
+    chance = torch.Generator().manual_seed(seed)
+    found: list[Batch] = []
+    for _ in range(count):
+        labels = torch.randint(0, CLASSES, (size,), generator=chance)
+        if example.is_floating_point():
+            inputs = centres[labels] + torch.randn(size, *shape, generator=chance)
+        else:
+            noise = torch.randint(0, 32, (size, *shape), generator=chance)
+            keep = torch.rand(size, *shape, generator=chance) < 0.7
+            inputs = torch.where(keep, words[labels], noise)
+        found.append((inputs, labels))
+    return found
+
+
+def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = None) -> Task:
+    """A task with a few batches of every split.
+
+    Args:
+        network: a name in `NETWORKS`, or a network that gives `CLASSES` scores.
+        example: the inputs of a network of your own; one 3x8x8 image by default.
+    """
+    if isinstance(network, str):
+        network, example = NETWORKS[network]()
+    example = example or _image()
+    train, validation, test, calibration = (
+        batches(example[0], count, seed) for seed, count in enumerate((4, 2, 2, 2), start=10)
+    )
+    return Task(
+        network,
+        example,
+        train=train,
+        validation=validation,
+        test=test,
+        calibration=calibration,
+        name=type(network).__name__,
+    )
