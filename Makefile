@@ -29,7 +29,7 @@ test: .venv/.test
 check: .venv/.check
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
 

@@ -1,8 +1,9 @@
 """ResNet-56: blocks dropped, distilled from the parent, int8; in both runtimes.
 
-    WHET_DATA=... python benchmarks/depth_resnet56.py [--amount 0.33] [--epochs 10] [--save FILE]
+    WHET_DATA=... python benchmarks/depth_resnet56.py --save cut.whet     trains, then measures
+    WHET_DATA=... python benchmarks/depth_resnet56.py --load cut.whet     measures only
 
-One training; then original and result side by side in every installed runtime, one thread.
+Original and result stand side by side in every installed runtime, one thread.
 """
 
 from __future__ import annotations
@@ -15,25 +16,38 @@ from pathlib import Path
 
 import measuring
 from cifar10_resnet import cifar
+from torch import nn
 
 from whet import artifact, catalog
 from whet.runner import seed_all
-from whet.task import ACCURACY, evaluate
+from whet.task import ACCURACY, Task, evaluate
 from whet.technique import Work
 
 ROUNDS = 60
 
 
 def main() -> None:
-    """Train, then print a table for each runtime."""
+    """Read the arguments, train or load, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--amount", type=float, default=0.33)
-    parser.add_argument("--epochs", type=float, default=10)
+    parser.add_argument("--epochs", type=float, default=11)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--load", type=Path)
     options = parser.parse_args()
     task = cifar(56)
+    if options.load:
+        measure(task, artifact.load(options.load, cifar(56).model))
+        return
+    model = train(task, options)
+    if options.save:
+        artifact.save(model, task.example, options.save)
+    measure(task, model)
+
+
+def train(task: Task, options: argparse.Namespace) -> nn.Module:
+    """Drop blocks, distil, quantize; says what each step took and what is left."""
     seed_all(options.seed, task)
     work = Work(copy.deepcopy(task.model), task.model, task)
     for name, knobs in (
@@ -49,12 +63,15 @@ def main() -> None:
         print(f"{name} {knobs}: {wall / 60:.1f} min wall, {cpu / 60:.1f} min CPU, ", end="")
         print(f"validation {kept:.2%}", flush=True)
     print("\n".join(f"- {note}" for note in work.notes))
-    if options.save:
-        artifact.save(work.model, task.example, options.save)
+    return work.model
+
+
+def measure(task: Task, model: nn.Module) -> None:
+    """Print a table for each runtime."""
     with tempfile.TemporaryDirectory() as name:
         for target in catalog.present():
             original = measuring.lower(target, task.model, task, Path(name), "original")
-            small = measuring.lower(target, work.model, task, Path(name), "small")
+            small = measuring.lower(target, model, task, Path(name), "small")
             files = {"float32": original, "cut + distilled + int8": small}
             precisions = {}
             if "bf16" in target.precisions:

@@ -80,7 +80,9 @@ def nncf_static(task: Task, original: Path, destination: Path) -> float:
     import openvino
 
     began = time.perf_counter()
-    images = np.concatenate([as_arrays(x)[0] for x, _ in limited(task.statistics() or [], EXAMPLES)])
+    images = np.concatenate(
+        [as_arrays(x)[0] for x, _ in limited(task.statistics() or [], EXAMPLES)]
+    )
     dataset = nncf.Dataset([image[None] for image in images], lambda image: image)
     model = openvino.Core().read_model(original)
     quantized = nncf.quantize(model, dataset, subset_size=EXAMPLES)
@@ -111,9 +113,7 @@ def main(depths: list[int]) -> None:
                         peer = folder / "nncf.xml"
                         took["NNCF"] = nncf_static(task, original, peer)
                         files["NNCF"] = peer
-                found = measuring.rows(
-                    target, task, files, rounds=ROUNDS, precisions=precisions
-                )
+                found = measuring.rows(target, task, files, rounds=ROUNDS, precisions=precisions)
                 for row in found:
                     if row["name"] == "NNCF":
                         row["bytes"] += files["NNCF"].with_suffix(".bin").stat().st_size

@@ -1,7 +1,7 @@
 """Handwritten digits from scikit-learn: train a small ResNet, compress it, prove it.
 
-    python examples/digits.py                      the whole job from Python
-    whet compress examples/digits.py:task -o out/  the same network from the command line
+python examples/digits.py                      the whole job from Python
+whet compress examples/digits.py:task -o out/  the same network from the command line
 """
 
 from __future__ import annotations

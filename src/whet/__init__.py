@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# names are loaded when asked for: the processes that run runtimes import whet without torch
+# no name of a module of whet may stand here: importing that module would put it in its place.
+# Names are loaded when asked for: the processes that run runtimes import whet without torch
 _HOMES = {
     "Metric": "whet.task",
     "Recipe": "whet.recipe",
@@ -18,14 +19,14 @@ _HOMES = {
     "compress": "whet.runner",
     "load": "whet.artifact",
     "save": "whet.artifact",
-    "technique": "whet.catalog",
+    "step": "whet.catalog:technique",
 }
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
     from whet.artifact import load as load
     from whet.artifact import save as save
-    from whet.catalog import technique as technique
+    from whet.catalog import technique as step
     from whet.errors import WhetError as WhetError
     from whet.recipe import Recipe as Recipe
     from whet.runner import Result as Result
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'whet' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    module, _, attribute = _HOMES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or name)
 
 
 def __dir__() -> list[str]:

@@ -75,7 +75,9 @@ def encode(model: nn.Module, example: tuple[Any, ...]) -> bytes:
     for name, tensor, bits in _tensors(model, forms, constants):
         array = _array(name, tensor)
         blob = raw.encode(array, bits)
-        sections.append([name, offset, len(blob), str(array.dtype), list(array.shape), bits, raw.NAME])
+        sections.append(
+            [name, offset, len(blob), str(array.dtype), list(array.shape), bits, raw.NAME]
+        )
         sections[-1].append(zlib.crc32(blob))
         blobs.append(blob)
         offset += len(blob)
@@ -131,7 +133,9 @@ def load(path: str | Path, into: nn.Module | None = None) -> nn.Module:
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise BadInput(f"read {path}", f"{error.strerror}", "Give the path of a model.whet.") from error
+        raise BadInput(
+            f"read {path}", f"{error.strerror}", "Give the path of a model.whet."
+        ) from error
     return decode(data, into)
 
 
@@ -145,7 +149,9 @@ def _opened(data: bytes) -> tuple[dict[str, Any], memoryview]:
         raise _damaged("it does not begin as a model.whet does", "Give a file that whet wrote.")
     _, version, reserved, length = HEAD.unpack_from(data)
     if version != VERSION or reserved:
-        raise _damaged(f"it is of version {version}", f"This whet reads version {VERSION}: upgrade it.")
+        raise _damaged(
+            f"it is of version {version}", f"This whet reads version {VERSION}: upgrade it."
+        )
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise _damaged("its checksum does not match: it is truncated or altered")
     if length > len(data) - HEAD.size - 32:
@@ -186,7 +192,9 @@ def _sections(header: Mapping[str, Any], body: memoryview) -> dict[str, Tensor]:
         except (TypeError, ValueError) as error:
             raise _damaged("an entry of its table of tensors is malformed") from error
         if not sound:
-            raise _damaged(f"the entry of the tensor {name!r} does not fit the file", "Do not trust it.")
+            raise _damaged(
+                f"the entry of the tensor {name!r} does not fit the file", "Do not trust it."
+            )
         blob = body[offset : offset + length]
         if zlib.crc32(blob) != crc:
             raise _damaged(f"the checksum of the tensor {name!r} does not match")
@@ -216,7 +224,9 @@ def decode(data: bytes, into: nn.Module | None = None) -> nn.Module:
             dense = {name: form.dense().detach() for name, form in forms.items()}
             return program.build(header["graph"], plain | dense, parts.get("", {}))
     except MALFORMED as error:
-        raise _damaged(f"its parts do not fit together ({type(error).__name__}: {error})") from error
+        raise _damaged(
+            f"its parts do not fit together ({type(error).__name__}: {error})"
+        ) from error
     try:
         return _into(into, structure, forms, plain)
     except MALFORMED as error:

@@ -46,7 +46,8 @@ def family(kind: type[Technique]) -> str:
 @cache
 def targets() -> MappingProxyType[str, Target]:
     """Every target by the name the command line uses, installed or not."""
-    return MappingProxyType({t.name: t() for t in _walk(whet.targets, Target).values()})
+    kinds: list[Any] = list(_walk(whet.targets, Target).values())
+    return MappingProxyType({kind.name: kind() for kind in kinds})
 
 
 def target(name: str) -> Target:
@@ -85,7 +86,7 @@ def technique(name: str, knobs: dict[str, Any] | None = None) -> Technique:
             "build a recipe", f"{name!r} is not a technique", nearest(name, techniques())
         )
     knobs = knobs or {}
-    unknown = [knob for knob in knobs if knob not in kind.model_fields]
+    unknown = [str(knob) for knob in knobs if knob not in kind.model_fields]
     if unknown:
         raise BadInput(
             f"set the knob {unknown[0]!r} of {name}",

@@ -7,18 +7,31 @@ a folder that appears whole or not at all.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from whet import packed
 from whet.errors import Damaged
 from whet.graph import surgery
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the names and values of a network, which another network does not have."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write(folder: Path, model: nn.Module, reading: dict[str, Any]) -> None:
@@ -51,7 +64,9 @@ def read(folder: Path, fresh: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
             packed.install(model.get_submodule(path), leaf, form)
         model.load_state_dict(state)
         return model.eval(), json.loads((folder / "reading.json").read_text())
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except (
+        OSError, SafetensorError, LookupError, TypeError, AttributeError, RuntimeError, ValueError
+    ) as error:  # fmt: skip
         raise Damaged(
             f"resume from {folder}",
             f"the checkpoint does not fit this network ({error})",

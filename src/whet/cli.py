@@ -1,16 +1,19 @@
 """The command line: the only place that prints and exits.
 
-Exit status: 0 all goals met, 1 a goal missed (the artefact is still written), 2 bad input.
+Exit status: 0 all goals met, 1 a goal missed (the artefact is still written), 2 bad input, 3 an
+error that whet did not foresee (with its traceback), 130 interrupted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
 import json
 import shutil
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -18,6 +21,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -62,34 +66,59 @@ def load_task(name: str) -> Task:
     place, colon, function = name.rpartition(":")
     if not colon or not place or not function:
         raise BadInput(asked, "there is no colon in it", "Write path/to/file.py:function.")
-    try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        make = getattr(module, function)
-        made = make()
-    except WhetError:
-        raise
-    except AttributeError as error:
-        known = [n for n, v in vars(module).items() if inspect.isfunction(v)]  # type: ignore
-        raise BadInput(asked, str(error), f"Functions there: {', '.join(known) or 'none'}.") from error
-    except Exception as error:
+    mend = "Mend it until python can call that function."
+    module = _of_the_user(asked, mend, lambda: _module(place))
+    make = getattr(module, function, None)
+    if not callable(make):
+        known = [n for n, v in vars(module).items() if inspect.isfunction(v)]
+        state = "is not a function" if make is not None else "is not in it"
         raise BadInput(
-            asked, f"{type(error).__name__}: {error}", "Mend it until python can call that function."
-        ) from error
+            asked, f"{function} {state}", f"Functions there: {', '.join(known) or 'none'}."
+        )
+    made = _of_the_user(asked, mend, make)
     if not isinstance(made, Task):
         raise BadInput(
-            asked, f"it returned {type(made).__name__}", "Return a whet.Task(model=..., example=...)."
+            asked,
+            f"it returned {type(made).__name__}",
+            "Return a whet.Task(model=..., example=...).",
         )
-    return Task(**(vars(made) | {"name": name}))
+    return dataclasses.replace(made, name=name)
 
 
-def _from_file(path: Path) -> Any:
-    if not path.exists():
+def _of_the_user(asked: str, todo: str, call: Callable[[], Any]) -> Any:
+    """What `call`, which runs code of the user's, returns; whatever it raises is bad input."""
+    try:
+        return call()
+    except WhetError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise BadInput(asked, f"{type(error).__name__}: {error}{_line(error)}", todo) from error
+
+
+def _line(error: BaseException) -> str:
+    """Where in the user's files an error was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = str(Path(__file__).parent)
+    theirs = [f for f in frames if not f.filename.startswith((ours, "<frozen"))]
+    return f" ({theirs[0].filename}, line {theirs[0].lineno})" if theirs else ""
+
+
+def _module(place: str) -> Any:
+    """The module of a .py file, or of a dotted name that is found from here."""
+    path = Path(place)
+    if path.suffix != ".py":
+        sys.path.insert(0, str(Path.cwd()))
+        return importlib.import_module(place)
+    if not path.is_file():
         raise BadInput(f"load {path}", "there is no such file", "Give the path of a Python file.")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
+    # never in the place of a module that others have imported
+    name = path.stem if path.stem not in sys.modules else f"whet_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    sys.path.insert(0, str(path.parent))
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.absolute().parent))
     spec.loader.exec_module(module)
     return module
 
@@ -124,8 +153,17 @@ def _deliver(
     work: Callable[[runner.Tell], runner.Result], folder: Path, force: bool, as_json: bool
 ) -> NoReturn:
     """Run, save, print, and exit by the goals."""
-    with _progress() as progress:
-        result = work(_Bars(progress))
+    try:
+        with _progress() as progress:
+            result = work(_Bars(progress))
+    except KeyboardInterrupt:
+        todo = "To go on after the last finished step, give the same command with --resume."
+        todo = todo if _steps_kept(folder) else "No step was finished."
+        err.print(f"[bold red]whet:[/] interrupted. {todo}", highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        if not _steps_kept(folder):
+            shutil.rmtree(_workspace(folder), ignore_errors=True)
     result.save(folder, replace=force)
     shutil.rmtree(_workspace(folder), ignore_errors=True)
     if as_json:
@@ -133,12 +171,17 @@ def _deliver(
     else:
         for part in tables(result.readings):
             out.print(part)
-        out.print(f"\nwritten to [bold]{folder}[/]: {', '.join(sorted(result.files))}")
+        out.print(f"\nwritten to [bold]{escape(str(folder))}[/]: {', '.join(sorted(result.files))}")
     raise typer.Exit(0 if result.met else 1)
 
 
 def _workspace(folder: Path) -> Path:
-    return folder.absolute().with_name(f".{folder.name}.whet-work")
+    folder = folder.absolute()
+    return folder.with_name(f".{folder.name}.whet-work")
+
+
+def _steps_kept(folder: Path) -> bool:
+    return any(path.suffix != ".partial" for path in _workspace(folder).glob("step-*"))
 
 
 @app.command()
@@ -156,6 +199,7 @@ def demo(
     Example: `whet demo -o out/`
     """
     runner.free(output, force)
+    runner.targets_of(target)
     with _progress() as progress:
         bars = _Bars(progress)
         task = demonstration.task(tell=lambda done, of: bars("train the original", done, of))
@@ -208,14 +252,13 @@ def compress(
     limits = {name: text for name, text in limits.items() if text is not None}
     options = {"target": target, "threads": threads, "seed": seed, "rounds": rounds} | limits
     runner.settings_of(options)
+    runner.targets_of(target)
     steps = None if recipe is None else Recipe.read(recipe)
     loaded = load_task(task)
     steps = built_in(loaded) if steps is None else steps
     workspace = _workspace(output)
     options |= {"workspace": workspace, "resume": resume}
-    _deliver(
-        lambda tell: runner.apply(steps, loaded, tell=tell, **options), output, force, as_json
-    )
+    _deliver(lambda tell: runner.apply(steps, loaded, tell=tell, **options), output, force, as_json)
 
 
 @app.command()
@@ -241,10 +284,12 @@ def inspect_(
     table.add_row("all", "", *[f"{found['totals'][k]:,}" for k in ("params", "macs", "bytes")], "")
     out.print(table)
     ms = found["latency_ms"]
-    out.print(f"{ms['median']:.3f} ms in {found['target']} at {threads} thread(s), batch {found['batch']}")
+    out.print(
+        f"{ms['median']:.3f} ms in {found['target']} at {threads} thread(s), batch {found['batch']}"
+    )
     out.print(f"{len(found['groups'])} channel groups, {len(found['blocks'])} droppable blocks")
     for name, reason in found["left_alone"].items():
-        out.print(f"[dim]{name} is left alone: {reason}[/]")
+        out.print(f"[dim]{escape(f'{name} is left alone: {reason}')}[/]")
 
 
 app.registered_commands[-1].name = "inspect"
@@ -276,7 +321,9 @@ def verify(
             table.add_row(name, then, now)
         out.print(table)
         for goal in found["goals"]:
-            out.print(f"{goal['name']} {goal['limit']}: {goal['value']} {'met' if goal['met'] else 'MISSED'}")
+            out.print(
+                f"{goal['name']} {goal['limit']}: {goal['value']} {'met' if goal['met'] else 'MISSED'}"
+            )
     raise typer.Exit(0 if all(goal["met"] for goal in found["goals"]) else 1)
 
 
@@ -307,7 +354,9 @@ def _report(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"read {path}", str(error), "Give a folder that whet compress wrote.") from error
+        raise BadInput(
+            f"read {path}", str(error), "Give a folder that whet compress wrote."
+        ) from error
     if not isinstance(found, dict) or not {"original", "compressed", "target"} <= set(found):
         raise BadInput(f"read {path}", "it is not a report of whet", "Give a folder that it wrote.")
     return found
@@ -394,9 +443,12 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except WhetError as error:
-        err.print(f"[bold red]whet:[/] could not {error.asked}: {error.found}.", highlight=False)
-        err.print(f"{error.todo}", highlight=False)
+        said = escape(f"could not {error.asked}: {error.found.rstrip('.')}. {error.todo}")
+        err.print(f"[bold red]whet:[/] {said}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(3)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,14 @@ def fit(
     best = copy.deepcopy(model.state_dict()) if ask else None
     stale = 0
     while run.step < steps:
+        before = run.step
         run.epoch(batches, min(length, steps - run.step), tell)
+        if run.step == before:
+            raise BadInput(
+                "train the network",
+                "the training batches gave none",
+                "Give a list or a DataLoader with at least one batch, not a generator.",
+            )
         if ask is None:
             continue
         scores.append(ask())

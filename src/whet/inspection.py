@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from whet.task import Task, batch_size
 
 def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
     """Layers with their costs and share of measured time, coupled channels, blocks; as JSON."""
-    model, example = task.model.eval(), task.example
+    model, example = copy.deepcopy(task.model).eval(), task.example
     inputs = as_arrays(example)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         net = Deployable(model, example)
@@ -63,7 +64,7 @@ def again(
         raise BadInput(f"verify {folder}", "it has no model.onnx", "Run whet compress again.")
     _, batches = task.final()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="whet-") as scratch:
-        model = task.model.eval()
+        model = copy.deepcopy(task.model).eval()
         like = model(*example)
         original = target.lower(Deployable(model, example), Path(scratch), "original")
         variants = [latency.Variant("original", original), latency.Variant("compressed", file)]

@@ -26,8 +26,9 @@ from torch import nn
 
 from whet import __version__, artifact, catalog, checkpoint, promises
 from whet.errors import BadInput, BrokenPromise, Refused, TargetFailed, nearest
+from whet.graph import trace
 from whet.measure import cost, latency, quality
-from whet.measure.goals import Goals
+from whet.measure.goals import EXAMPLES, Goals
 from whet.measure.signature import signature
 from whet.recipe import Recipe, built_in
 from whet.report.page import page
@@ -36,6 +37,7 @@ from whet.targets.target import Target
 from whet.task import Task, batch_size, tensors_in
 from whet.technique import Technique, Work
 
+LEAST = {"threads": 1, "rounds": 5, "seed": 0, "step_examples": 1}
 Tell = Callable[[str, int, int], None]  # (what, done, of)
 
 
@@ -56,7 +58,7 @@ class Settings:
     """
 
     target: str = "onnxruntime"
-    goals: Goals = Goals()
+    goals: Goals = field(default_factory=Goals)
     threads: int = 1
     seed: int = 0
     rounds: int = 40
@@ -95,7 +97,7 @@ class Result:
         Raises:
             BadInput: it exists already (and not `replace`), or cannot be written.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()
         free(folder, replace)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -106,9 +108,11 @@ class Result:
             for name, data in self.files.items():
                 (partial / name).write_bytes(data)
             partial.chmod(0o755)
+            old = partial.with_name(f"{partial.name}.old")
             if folder.exists():
-                shutil.rmtree(folder)
+                os.replace(folder, old)
             os.replace(partial, folder)
+            shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             raise unwritable(folder, error) from error
         finally:
@@ -120,11 +124,20 @@ def free(folder: Path, replace: bool) -> None:
     """Check, before any work, that the output folder may be written.
 
     Raises:
-        BadInput: it exists already (and not `replace`), or its parent cannot be written.
+        BadInput: it exists already (and not `replace`), holds something else than a result of
+            whet, or its parent cannot be written.
     """
-    if folder.exists() and not replace and (not folder.is_dir() or any(folder.iterdir())):
+    asked = f"write the result to {folder}"
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(asked, "it is a file", "Choose another folder with -o.")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names and not names & {"report.json", "model.whet"}:
         raise BadInput(
-            f"write the result to {folder}",
+            asked, "it holds files that whet did not write", "Choose another folder with -o."
+        )
+    if names and not replace:
+        raise BadInput(
+            asked,
             "it exists already",
             "Choose another folder with -o, or replace it with --force.",
         )
@@ -132,7 +145,7 @@ def free(folder: Path, replace: bool) -> None:
     while not home.exists():
         home = home.parent
     if not home.is_dir() or not os.access(home, os.W_OK):
-        raise BadInput(f"write the result to {folder}", f"{home} cannot be written", "Choose another.")
+        raise BadInput(asked, f"{home} cannot be written", "Choose another folder with -o.")
 
 
 def unwritable(folder: Path, error: OSError) -> BadInput:
@@ -156,9 +169,15 @@ def apply(recipe: Recipe, task: Task, **options: Any) -> Result:
         Disagrees: the deployed file computes something else.
     """
     settings = settings_of(options)
-    targets = _targets(settings.target)
+    targets = targets_of(settings.target)
     task.check()
     recipe.check(task)
+    if settings.goals.drop is not None and task.final()[1] is None:
+        raise BadInput(
+            f"judge the goal drop {settings.goals.drop}",
+            "the task has neither test nor validation batches to measure it on",
+            "Add them to the task, or leave that goal out.",
+        )
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         return _Run(task, recipe, settings, targets, Path(folder)).result()
 
@@ -174,23 +193,48 @@ def settings_of(options: dict[str, Any]) -> Settings:
     Raises:
         BadInput: an unknown option, or a limit that cannot be read.
     """
-    limits = {k: v for k, v in options.items() if k in Goals.model_fields}
+    limits: dict[str, Any] = {k: v for k, v in options.items() if k in Goals.model_fields}
     known = {f.name for f in fields(Settings)} | set(Goals.model_fields)
     for name in options:
         if name not in known:
             raise BadInput(f"set the option {name!r}", "there is none", nearest(name, known))
+    for name, text in limits.items():
+        if text is not None and not isinstance(text, str):
+            raise BadInput(
+                f"set the goal {name} to {text!r}",
+                f"it is {type(text).__name__}, not text",
+                f"Write {EXAMPLES[name]}.",
+            )
+    for name, least in LEAST.items():
+        value = options.get(name, least)
+        if type(value) is not int or value < least:
+            raise BadInput(
+                f"set the option {name} to {value!r}",
+                f"it is not a whole number from {least}",
+                f"Give {least} or more.",
+            )
     goals = Goals(**limits) if limits else options.get("goals", Goals())
     goals.limits()
     rest = {k: v for k, v in options.items() if k not in limits}
+    if rest.get("workspace") is not None:
+        rest["workspace"] = Path(rest["workspace"])
     return Settings(**(rest | {"goals": goals}))
 
 
-def _targets(name: str) -> list[Target]:
+def targets_of(name: str) -> list[Target]:
+    """The target called `name`, or for "auto" all that are installed.
+
+    Raises:
+        BadInput: there is none of that name.
+        TargetFailed: it is not installed.
+    """
     if name != "auto":
         return [catalog.target(name)]
     found = catalog.present()
     if not found:
-        raise TargetFailed("choose a target", "no runtime is installed", "Run: pip install onnxruntime.")
+        raise TargetFailed(
+            "choose a target", "no runtime is installed", "Run: pip install onnxruntime."
+        )
     return found
 
 
@@ -245,16 +289,23 @@ class _Run:
             "seed": self.settings.seed,
             "target": self.settings.target,
             "threads": self.settings.threads,
+            "network": checkpoint.fingerprint(self.parent),
             "whet": __version__,
         }
         if mark.exists() and self.settings.resume:
-            if json.loads(mark.read_text()) != mine:
+            if mark.read_text() != json.dumps(mine):
                 raise BadInput(
                     f"resume the run in {self.workspace}",
-                    "it was another recipe, seed, target, thread count or version of whet",
+                    "it was another network, recipe, seed, target, thread count or version of whet",
                     "Start again without --resume.",
                 )
             return
+        if self.workspace.is_dir() and any(self.workspace.iterdir()) and not mark.exists():
+            raise BadInput(
+                f"keep checkpoints in {self.workspace}",
+                "it holds files that whet did not write",
+                "Give a folder of its own.",
+            )
         shutil.rmtree(self.workspace, ignore_errors=True)
         try:
             self.workspace.mkdir(parents=True)
@@ -296,7 +347,10 @@ class _Run:
         if not refused:
             said |= self._reading(work.model, label)
         if saved is not None:
-            checkpoint.write(saved, work.model, said)
+            try:
+                checkpoint.write(saved, work.model, said)
+            except OSError as error:
+                raise unwritable(saved, error) from error
         return work.model, said
 
     # -- readings ----------------------------------------------------------------------------
@@ -409,8 +463,10 @@ class _Run:
         """model.whet, after it was read back both ways and gave the same bits."""
         data = artifact.encode(model, self.task.example)
         with torch.no_grad():
-            want = list(tensors_in(model.eval()(*self.task.example)))
-            for into in (copy.deepcopy(self.task.model), None):
+            # torch may take a fused kernel for a module that its graph does not name
+            graph = trace.export(trace.baked(model)[0], self.task.example).module()
+            for into, net in ((copy.deepcopy(self.task.model), model.eval()), (None, graph)):
+                want = list(tensors_in(net(*self.task.example)))
                 got = list(tensors_in(artifact.decode(data, into)(*self.task.example)))
                 if not all(torch.equal(a, b) for a, b in zip(want, got, strict=True)):
                     way = "without its class" if into is None else "into its class"
@@ -436,7 +492,8 @@ class _Run:
         self.notes.append(f"the compressed network takes {words}; {best} is taken.")
 
     def _gate(self, file: Path, net: Deployable, model: nn.Module) -> dict[str, Any]:
-        batches = self.task.validation or self.task.test or self.task.statistics()
+        splits = (self.task.validation, self.task.test, self.task.statistics())
+        batches = next((split for split in splits if split is not None), None)
         if batches is None:
             self.notes.append("the artefact was compared on Task.example alone: there is no data.")
             batches = [(self.task.example, None)]

@@ -70,6 +70,7 @@ class Technique(BaseModel):
         makes: the forms it leaves behind.
         wants: forms that must be there before it.
         spoils: forms it would break, so it must come before the step that makes them.
+        tiny: knobs that suit the tiny networks of the conformance kit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,6 +79,7 @@ class Technique(BaseModel):
     makes: ClassVar[frozenset[type]] = frozenset()
     wants: ClassVar[frozenset[type]] = frozenset()
     spoils: ClassVar[frozenset[type]] = frozenset()
+    tiny: ClassVar[dict[str, Any]] = {}
 
     @abstractmethod
     def apply(self, work: Work) -> None:
@@ -145,12 +147,20 @@ class ScoreTechnique(Technique):
         layers = list(weights(work.model, self.skip))
         scores = {path: self._masked_score(module) for path, module in layers}
         if not scores:
-            raise Refused(self.name, "no linear or convolutional layer is left to prune", "Drop it.")
+            raise Refused(
+                self.name, "no linear or convolutional layer is left to prune", "Drop it."
+            )
         if self.scope == "global":
             flat = torch.cat([s.reshape(-1) for s in scores.values()])
             masks = split(keep_largest(flat, self.amount), scores)
         else:
             masks = {path: keep_largest(s, self.amount) for path, s in scores.items()}
+        if all(bool(mask.all()) for mask in masks.values()):
+            raise Refused(
+                f"{self.name}(amount={self.amount})",
+                "that share of the weights is none",
+                "Raise amount, or drop the step.",
+            )
         for path, module in layers:
             mask = masks[path]
             packed.rewrite(module, "weight", lambda w, m=mask: packed.Sparse(packed.Dense(w), m))
@@ -184,10 +194,12 @@ class ChannelTechnique(Technique):
     """
 
     spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, surgery.Grid})
+    tiny: ClassVar[dict[str, Any]] = {"multiple_of": 2}
 
     amount: Annotated[float, Field(ge=0, lt=1, description="share of the channels to remove")] = 0.5
     amounts: Annotated[
-        dict[str, float], Field(description="other amounts for groups, by path pattern")
+        dict[str, Annotated[float, Field(ge=0, lt=1)]],
+        Field(description="other amounts for groups, by path pattern"),
     ] = {}
     multiple_of: Annotated[
         int, Field(ge=1, le=256, description="channel counts are multiples of this")
@@ -231,9 +243,11 @@ class ChannelTechnique(Technique):
         total, seen = np.zeros(group.units), np.zeros(group.units)
         for member in group.members:
             weight = surgery.tensor_of(model, member.name)
-            if member.dim != 0 or weight.ndim < 2:
+            owner = model.get_submodule(surgery.split_name(member.name)[0])
+            makes = 1 if isinstance(owner, (*surgery.TRANSPOSED, nn.Embedding)) else 0
+            if member.dim != makes or weight.ndim < 2:
                 continue
-            score = self.score(weight.detach()).double().numpy()
+            score = self.score(weight.detach().transpose(0, makes)).double().numpy()
             real = member.units >= 0
             np.add.at(total, member.units[real], score[real] / max(score.mean(), 1e-30))
             np.add.at(seen, member.units[real], 1)
@@ -250,7 +264,9 @@ class ChannelTechnique(Technique):
         kept = np.ones(group.units, dtype=bool)
         for kind in np.unique(group.kinds):
             mine = np.flatnonzero(group.kinds == kind)
-            stay = round_channels(len(mine) * (1 - self._amount(group)), self.multiple_of, len(mine))
+            stay = round_channels(
+                len(mine) * (1 - self._amount(group)), self.multiple_of, len(mine)
+            )
             order = mine[np.argsort(scores[mine], kind="stable")]
             kept[order[: len(mine) - stay]] = False
         return kept
@@ -265,7 +281,8 @@ def refresh_batchnorm(work: Work, examples: int) -> None:
     """Re-estimate BatchNorm statistics after a cut, where there is data."""
     batches = work.task.statistics()
     if batches is None or not examples:
-        work.notes.append("BatchNorm statistics are those of the uncut network: no data was given.")
+        why = "no data was given" if batches is None else "no examples were asked for"
+        work.notes.append(f"BatchNorm statistics are those of the uncut network: {why}.")
         return
     norms = statistics.reestimate_batchnorm(work.model, batches, examples)
     if norms:
@@ -284,7 +301,7 @@ class TrainTechnique(Technique, Schedule):
     def apply(self, work: Work) -> None:
         task, metric = work.task, work.task.measure
         assert task.train is not None  # `needs` was checked before any work
-        score = None
+        score, sign = None, 1.0
         if task.validation is not None:
             sign = 1.0 if metric.better == "higher" else -1.0
             batches = task.validation
@@ -293,7 +310,7 @@ class TrainTechnique(Technique, Schedule):
         if scores:
             best = max(scores)
             work.notes.append(
-                f"validation {metric.name} {abs(scores[0]):.4f} -> {abs(best):.4f} "
+                f"validation {metric.name} {sign * scores[0]:.4f} -> {sign * best:.4f} "
                 f"(best of {len(scores) - 1} epochs)."
             )
 

@@ -47,7 +47,9 @@ def _image(size: int = 8) -> tuple[Tensor, ...]:
     return (torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)),)
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def _conv(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
     pad = kernel // 2
     return nn.Conv2d(inputs, outputs, kernel, stride, pad, groups=groups, bias=False)
 

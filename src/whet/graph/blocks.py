@@ -11,7 +11,7 @@ from torch.fx import Node
 from whet.graph.trace import trace
 
 # what may lie between a block's input and output on the skip path; ReLU of a ReLU is itself
-SKIP_PATH = frozenset("add add_ relu relu_ dropout".split())
+SKIP_PATH = frozenset(["add", "add_", "relu", "relu_", "dropout"])
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,11 @@ def residual_blocks(model: nn.Module, example: tuple[Any, ...]) -> Blocks:
     droppable, kept = [], {}
     for path, nodes in inside.items():
         adds = [n for n in nodes if _name(n) in ("add", "add_")]
-        if not path or not adds or any(other.startswith(f"{path}.") for other in [*droppable, *kept]):
+        if (
+            not path
+            or not adds
+            or any(other.startswith(f"{path}.") for other in [*droppable, *kept])
+        ):
             continue
         if any(_has_add(inside, other) for other in inside if other.startswith(f"{path}.")):
             continue
@@ -61,7 +65,9 @@ def _has_add(inside: dict[str, list[Node]], path: str) -> bool:
 
 def _obstacle(nodes: list[Node], tensors: set[str]) -> str | None:
     mine = set(nodes)
-    entries = {a for n in nodes for a in n.all_input_nodes if a not in mine and a.name not in tensors}
+    entries = {
+        a for n in nodes for a in n.all_input_nodes if a not in mine and a.name not in tensors
+    }
     exits = [n for n in nodes if any(user not in mine for user in n.users)]
     if len(entries) != 1 or len(exits) != 1:
         return f"it has {len(entries)} inputs and {len(exits)} outputs"
@@ -77,9 +83,16 @@ def _obstacle(nodes: list[Node], tensors: set[str]) -> str | None:
     return None
 
 
+def _plain(node: Node, entry: Node) -> bool:
+    """Whether an add is the sum of two computed values, as they are."""
+    parts = node.args[:2] if _name(node) in ("add", "add_") else ()
+    computed = all(isinstance(p, Node) and (p is entry or p.op != "placeholder") for p in parts)
+    return computed and node.kwargs.get("alpha", 1) == 1
+
+
 def _skip_path(node: Node, entry: Node, mine: set[Node]) -> list[Node]:
     """The nodes from `node` back to `entry` through SKIP_PATH alone; empty where there is none."""
-    if node not in mine or _name(node) not in SKIP_PATH:
+    if node not in mine or _name(node) not in SKIP_PATH or not _plain(node, entry):
         return []
     for before in node.all_input_nodes:
         if before is entry:

@@ -422,8 +422,8 @@ SAME = (
     "upsample_bilinear2d clone contiguous detach to alias _to_copy fake_quantize_per_tensor_affine"
 )
 RULES: dict[str, Callable[[_Flow, Node], Labels]] = {
-    **dict.fromkeys("conv1d conv2d conv3d convolution".split(), _convolution),
-    **dict.fromkeys("conv_transpose1d conv_transpose2d conv_transpose3d".split(), _convolution),
+    **dict.fromkeys(["conv1d", "conv2d", "conv3d", "convolution"], _convolution),
+    **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _convolution),
     "linear": _linear,
     "batch_norm": _batch_norm,
     **dict.fromkeys(["group_norm", "layer_norm"], _joint_norm),
@@ -433,8 +433,10 @@ RULES: dict[str, Callable[[_Flow, Node], Labels]] = {
     "slice": _slice,
     "mean": _reduce,
     "sum": _reduce,
-    **dict.fromkeys("flatten view reshape unsqueeze squeeze _unsafe_view".split(), _reshape),
-    **dict.fromkeys("permute transpose t numpy_T".split(), _permute),
+    **dict.fromkeys(
+        ["flatten", "view", "reshape", "unsqueeze", "squeeze", "_unsafe_view"], _reshape
+    ),
+    **dict.fromkeys(["permute", "transpose", "t", "numpy_T"], _permute),
     "embedding": _embedding,
     **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(SAME.split(), _same),

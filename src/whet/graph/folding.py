@@ -21,7 +21,9 @@ def foldable(
     trace = sites.calls(model, example)
     by_site = {c.site: c for c in trace}
     readers = Counter(s for c in trace for s in c.sources)
-    times = Counter(c.path for c in trace if c.op in ("conv1d", "conv2d", "conv3d", "linear", "batch_norm"))
+    times = Counter(
+        c.path for c in trace if c.op in ("conv1d", "conv2d", "conv3d", "linear", "batch_norm")
+    )
     pairs, left = [], []
     for call in trace:
         if call.op != "batch_norm" or not _is_norm(model, call.path):

@@ -23,8 +23,21 @@ from whet.errors import BadInput, Damaged
 
 # arguments that are a word of a fixed list, or an equation of letters
 WORDS = frozenset(
-    "approximate rounding_mode padding_mode pad_mode mode reduce padding padding_side equation "
-    "indexing interpolation norm ord".split()
+    [
+        "approximate",
+        "rounding_mode",
+        "padding_mode",
+        "pad_mode",
+        "mode",
+        "reduce",
+        "padding",
+        "padding_side",
+        "equation",
+        "indexing",
+        "interpolation",
+        "norm",
+        "ord",
+    ]
 )
 # operators that begin with an underscore are torch's inner ones; these are safe and are exported
 PRIVATE = re.compile(
@@ -112,7 +125,7 @@ def _plain(value: Any) -> Any:
         return {"node": value.name}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and value != value or value in (float("inf"), float("-inf")):
+    if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
         return {"float": str(value)}
     for kind in (torch.dtype, torch.device, torch.memory_format, torch.layout):
         if isinstance(value, kind):
@@ -228,7 +241,12 @@ def _call(name: str, kind: Any, args: Any, kwargs: Any, made: Set[str]) -> _Call
     values = [_value(a, made) for a in args]
     named = {key: _value(v, made) for key, v in kwargs.items()}
     if kind == "getitem":
-        if len(values) != 2 or named or not isinstance(values[0], _Ref) or type(values[1]) is not int:
+        if (
+            len(values) != 2
+            or named
+            or not isinstance(values[0], _Ref)
+            or type(values[1]) is not int
+        ):
             raise _refuse(f"the arguments of {name!r} are malformed")
         return _Call(name, operator.getitem, values, named)
     function = _operator(kind)

@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from whet.graph.ledger import Grid, Ledger, ledger
-from whet.task import tensors_in
+from whet.graph.ledger import Ledger, ledger
+from whet.task import evaluating, tensors_in
 
 ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "concat": "cat"}
 ALIASES |= {"concatenate": "cat"}
 
-Observer = Callable[[str, str, tuple[Any, ...], Tensor], None]
+Observer = Callable[[str, str, tuple[Any, ...], Any], None]
 
 
 def operation(function: Callable[..., Any]) -> str:
@@ -41,8 +44,8 @@ class SiteMode(TorchFunctionMode):
     Args:
         root: the network whose module paths name the sites.
         book: its ledger.
-        observe: called as observe(site, operation, args, output) for each tensor made, after
-            the grid; None for none.
+        observe: called as observe(site, operation, args, made) for each call that makes tensors
+            (after the grid) or gives nothing back; None for no observer.
     """
 
     def __init__(self, root: nn.Module, book: Ledger, observe: Observer | None = None) -> None:
@@ -75,18 +78,16 @@ class SiteMode(TorchFunctionMode):
             self.path.append(None if id(module) in self.hidden else known)
 
     def _up(self, module: nn.Module, _: Any, __: Any) -> None:
-        # the root's own pre-hook opened this mode, so its closing call has nothing to pop
-        if threading.get_ident() == self.thread and len(self.path) > 1:
+        if threading.get_ident() == self.thread:
             self.path.pop()
 
     def made(self, site: str, op: str, args: tuple[Any, ...], out: Any) -> Any:
         """Put the grid of `site` on its output and show it."""
-        if torch.is_tensor(out):
-            grid = self.book.grids.get(site)
-            if grid is not None:
-                out = grid(out)
-            if self.observe is not None:
-                self.observe(site, op, args, out)
+        grid = self.book.grids.get(site)
+        if grid is not None and torch.is_tensor(out) and out.is_floating_point():
+            out = grid(out)
+        if self.observe is not None and (out is None or any(True for _ in tensors_in(out))):
+            self.observe(site, op, args, out)
         return out
 
     def inputs(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -121,43 +122,59 @@ def corrected(
     return tuple(changed), kwargs
 
 
-_running = threading.local()
+_running = threading.local()  # the modes that are on, innermost last
 
 
-def _enter(model: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    modes = _running.__dict__.setdefault("modes", [])
-    if any(mode.book is ledger(model) for mode in modes):  # an observer's mode is already on
-        modes.append(None)
-        return None
-    mode = SiteMode(model, ledger(model))
-    modes.append(mode)
-    mode.__enter__()
-    return mode.inputs(args)
-
-
-def _exit(model: nn.Module, args: Any, output: Any) -> None:
-    mode = _running.modes.pop()
-    if mode is not None:
-        mode.__exit__(None, None, None)
-
-
-def activate(model: nn.Module) -> None:
-    """Make the grids and constants in the ledger of `model` act whenever it is called."""
-    if _enter not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(_enter)
-        model.register_forward_hook(_exit, always_call=True)
-
-
-def observed(model: nn.Module, args: tuple[Any, ...], observe: Observer) -> Any:
-    """Call the model with every site shown to `observe(site, operation, args, output)`."""
-    mode = SiteMode(model, ledger(model), observe)
+@contextmanager
+def _on(mode: SiteMode) -> Iterator[None]:
     modes = _running.__dict__.setdefault("modes", [])
     modes.append(mode)
     try:
         with mode:
-            return model(*mode.inputs(args))
+            yield
     finally:
         modes.pop()
+
+
+def _sited(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` with a `SiteMode` around it."""
+
+    @wraps(forward)
+    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        book = ledger(model)
+        if any(mode.book is book for mode in _running.__dict__.get("modes", ())):
+            return forward(model, *args, **kwargs)  # an observer's mode, or a call of itself
+        mode = SiteMode(model, book)
+        args = mode.inputs(args)
+        with _on(mode):
+            return forward(model, *args, **kwargs)
+
+    run.__dict__["sited"] = True
+    return run
+
+
+def activate(model: nn.Module) -> None:
+    """Make the grids and constants in the ledger of `model` act whenever it is called.
+
+    Its `forward` is wrapped on the instance, where `deepcopy` and `torch.export` find it. Hooks
+    would do as well, but an interrupt from the keyboard leaves them half done.
+    """
+    own = model.__dict__.get("forward")
+    method = getattr(own, "__func__", None)
+    if method is not None and "sited" in method.__dict__:
+        return
+    forward = type(model).forward
+    if own is not None:
+        forward = method or (lambda _, *args, **kwargs: own(*args, **kwargs))
+    model.__dict__["forward"] = MethodType(_sited(forward), model)
+
+
+def observed(model: nn.Module, args: tuple[Any, ...], observe: Observer) -> Any:
+    """Call the model with every call shown to `observe(site, operation, args, made)`."""
+    mode = SiteMode(model, ledger(model), observe)
+    args = mode.inputs(args)
+    with _on(mode):
+        return model(*args)
 
 
 @dataclass(frozen=True)
@@ -170,30 +187,36 @@ class Call:
         path: the module that made it.
         sources: the sites of its tensor arguments; "?" for what no call made (parameters).
         shape: of its output.
+        dtype: of its output; None where it is no tensor or several.
     """
 
     site: str
     op: str
     path: str
     sources: tuple[str, ...]
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
 
 
 @torch.no_grad()
 def calls(model: nn.Module, example: tuple[Any, ...]) -> list[Call]:
-    """Every call that makes a tensor, in order, with the calls that made its arguments."""
+    """Every call that makes or changes tensors, in order, with what made its arguments.
+
+    The last one, "output", reads what the network returns.
+    """
     maker: dict[int, str] = {}
     alive: list[Any] = []
     found: list[Call] = []
 
-    def note(site: str, op: str, args: tuple[Any, ...], out: Tensor) -> None:
-        sources = tuple(maker.get(id(t), "?") for t in tensors_in(args))
-        path = site.rpartition("/")[0]
-        found.append(Call(site, op, path, sources, tuple(out.shape)))
-        alive.append(out)
-        maker[id(out)] = site
+    def sources(values: Any) -> tuple[str, ...]:
+        return tuple(maker.get(id(t), "?") for t in tensors_in(values))
 
-    mode = model.training
-    observed(model.eval(), example, note)
-    model.train(mode)
-    return found
+    def note(site: str, op: str, args: tuple[Any, ...], out: Any) -> None:
+        kind = (tuple(out.shape), out.dtype) if torch.is_tensor(out) else ()
+        found.append(Call(site, op, site.rpartition("/")[0], sources(args), *kind))
+        alive.append(out)
+        maker.update((id(t), site) for t in tensors_in(out))
+
+    with evaluating(model):
+        outputs = observed(model, example, note)
+    return [*found, Call("output", "output", "", sources(outputs))]

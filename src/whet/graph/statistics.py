@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from whet import numerics
 from whet.graph import sites
-from whet.task import Batches, as_arguments, limited
+from whet.task import Batches, as_arguments, evaluating, limited
 
 BINS = 2048
+COUNTABLE = 2**24  # float32, in which torch counts, holds no odd number above
 
 
 @dataclass
@@ -38,7 +39,8 @@ class Histogram:
             self.bound = reach if reach > 0 else 1.0
         while reach > self.bound:
             self._double()
-        self.counts += torch.histc(x, BINS, -self.bound, self.bound).double()
+        for part in x.split(COUNTABLE):
+            self.counts += torch.histc(part, BINS, -self.bound, self.bound).double()
 
     def _double(self) -> None:
         """Merge neighbours in pairs into the middle half of a range twice as wide."""
@@ -57,12 +59,15 @@ class Histogram:
         return self.low, self.high
 
     def percentile(self, share: float) -> tuple[float, float]:
-        """The range without (1 - share) / 2 of the values at either end, share in (0, 1]."""
+        """The range without (1 - share) / 2 of the values at either end, share in (0, 1].
+
+        Bins are taken whole, so that at least `share` of the values lie inside.
+        """
         total = self.counts.cumsum(0) / self.counts.sum()
         tail = (1 - share) / 2
-        centres = self.centres()
-        low = float(centres[int((total > tail).nonzero()[0])])
-        high = float(centres[int((total >= 1 - tail).nonzero()[0])])
+        centres, half = self.centres(), self.bound / BINS
+        low = float(centres[int((total > tail).nonzero()[0])]) - half
+        high = float(centres[int((total >= 1 - tail).nonzero()[0])]) + half
         return max(self.low, low), min(self.high, high)
 
     def least_squares(self, bits: int, steps: int = 64) -> tuple[float, float]:
@@ -93,12 +98,10 @@ def sweep(
     tell: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Run the calibration batches once, in eval mode, with every site shown to `show`."""
-    mode = model.training
-    model.eval()
-    for done, (inputs, _) in enumerate(limited(batches, examples)):
-        sites.observed(model, as_arguments(inputs), show)
-        tell(done + 1)
-    model.train(mode)
+    with evaluating(model):
+        for done, (inputs, _) in enumerate(limited(batches, examples)):
+            sites.observed(model, as_arguments(inputs), show)
+            tell(done + 1)
 
 
 def histograms(
@@ -107,8 +110,8 @@ def histograms(
     """A histogram of the values made at each of the `wanted` sites."""
     found = {site: Histogram() for site in wanted}
 
-    def show(site: str, op: str, args: tuple[object, ...], out: Tensor) -> None:
-        if site in found:
+    def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
+        if site in found and isinstance(out, Tensor):
             found[site].add(out)
 
     sweep(model, batches, show, examples)
@@ -125,7 +128,7 @@ def input_means(
     sums: dict[str, Tensor] = {}
     seen: dict[str, int] = {}
 
-    def show(site: str, op: str, args: tuple[object, ...], out: Tensor) -> None:
+    def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
         if op not in operations or not isinstance(args[0], Tensor):
             return
         path, x = site.rpartition("/")[0], args[0].detach()
@@ -148,20 +151,20 @@ def reestimate_batchnorm(model: nn.Module, batches: Batches, examples: int | Non
         How many BatchNorms were re-estimated.
     """
     norms = [
-        m for m in model.modules()
+        m
+        for m in model.modules()
         if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
     if not norms:
         return 0
-    mode, momenta = model.training, [n.momentum for n in norms]
-    model.eval()
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # cumulative mean
-        norm.train()
-    for inputs, _ in limited(batches, examples):
-        model(*as_arguments(inputs))
+    momenta = [norm.momentum for norm in norms]
+    with evaluating(model):
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # cumulative mean
+            norm.train()
+        for inputs, _ in limited(batches, examples):
+            model(*as_arguments(inputs))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    model.train(mode)
     return len(norms)

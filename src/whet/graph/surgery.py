@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from whet import packed
-from whet.errors import Damaged, nearest
+from whet.errors import Damaged, Refused, nearest
 from whet.graph import sites
 from whet.graph.ledger import Edit, Grid, ledger
 
@@ -27,7 +27,9 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # modules whose stated sizes are corrected after a cut
 SIZED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *NORMS, nn.PReLU, nn.Embedding)
-OPTIONS = frozenset("bias kernel_size stride padding dilation groups padding_mode".split())
+OPTIONS = frozenset(
+    ["bias", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+)
 # replayed edits may place so many weights, and so many times those of the network
 FREE_ELEMENTS, MOST_TIMES = 2**20, 16
 
@@ -158,16 +160,24 @@ def elements(spec: Mapping[str, Any]) -> int:
 
 
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    """Put `module` where `path` is, and write it down."""
+    """Put `module` wherever the module at `path` is, and write it down.
+
+    Raises:
+        Refused: `path` is the network itself.
+    """
     spec = describe(module)
     old = model.get_submodule(path)
-    _put(model, path, module.train(old.training))
+    if old is model:
+        raise Refused(
+            f"replace {type(model).__name__} by another module",
+            "it is the whole network",
+            "Wrap it: torch.nn.Sequential(network).",
+        )
+    module.train(old.training)
+    for parent in list(model.modules()):
+        for name in [n for n, child in parent._modules.items() if child is old]:
+            parent._modules[name] = module
     ledger(model).edits.append(Edit("replace", path, spec))
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, leaf = split_name(path)
-    setattr(model.get_submodule(parent), leaf, module)
 
 
 def set_constant(model: nn.Module, site: str, argument: str, value: Any) -> None:
@@ -193,7 +203,9 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
         try:
             if edit["kind"] == "take":
                 arguments = edit["arguments"]
-                take(model, edit["path"], int(arguments["dim"]), [int(k) for k in arguments["keep"]])
+                take(
+                    model, edit["path"], int(arguments["dim"]), [int(k) for k in arguments["keep"]]
+                )
             elif edit["kind"] == "replace":
                 room -= elements(edit["arguments"])
                 if room < 0:
@@ -271,5 +283,3 @@ def structure(model: nn.Module) -> dict[str, Any]:
         for path, name, form in packed.forms(model)
     }
     return ledger(model).spec() | {"forms": shapes}
-
-

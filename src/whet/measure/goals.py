@@ -16,7 +16,12 @@ UNITS = {
     "macs": {"x": 1.0, "": 1.0, "K": 1e3, "M": 1e6, "G": 1e9},
     "drop": {"pp": 0.01, "": 1.0},
 }
-EXAMPLES = {"latency": "0.5x or 3ms", "size": "0.25x or 100KB", "macs": "0.5x or 20M", "drop": "0.5pp"}
+EXAMPLES = {
+    "latency": "0.5x or 3ms",
+    "size": "0.25x or 100KB",
+    "macs": "0.5x or 20M",
+    "drop": "0.5pp",
+}
 
 
 class Goals(BaseModel):
@@ -35,9 +40,13 @@ class Goals(BaseModel):
         Raises:
             BadInput: a text that is no such limit.
         """
-        return {name: parse(name, text) for name, text in self.model_dump().items() if text}
+        return {
+            name: parse(name, text) for name, text in self.model_dump().items() if text is not None
+        }
 
-    def judge(self, before: dict[str, Any], after: dict[str, Any], metric: Metric, ratio: float) -> list[dict[str, Any]]:
+    def judge(
+        self, before: dict[str, Any], after: dict[str, Any], metric: Metric, ratio: float
+    ) -> list[dict[str, Any]]:
         """Each goal with its limit, the measured value, and whether it is met.
 
         Args:
@@ -45,7 +54,8 @@ class Goals(BaseModel):
             metric: of the task.
             ratio: the measured latency ratio.
         """
-        drop = metric.drop(before["metric"]["value"], after["metric"]["value"])
+        pair = before["metric"], after["metric"]
+        drop = None if None in pair else metric.drop(*(said["value"] for said in pair))
         absolute = {
             "latency": after["latency_ms"]["median"],
             "size": after["bytes"],
@@ -62,13 +72,14 @@ class Goals(BaseModel):
                 value = drop
             else:
                 value = shares[name] if unit == "x" else absolute[name]
-            said = value / UNITS[name][unit] if unit else value
             judged.append(
                 {
                     "name": name,
                     "limit": str(getattr(self, name)),
-                    "value": f"{said:.4g}{unit}",
-                    "met": bool(value <= limit * (1 + 1e-9)),
+                    "value": "not measured"
+                    if value is None
+                    else f"{value / UNITS[name][unit]:.4g}{unit}",
+                    "met": value is not None and bool(value <= limit * (1 + 1e-9)),
                 }
             )
         return judged
@@ -80,5 +91,7 @@ def parse(name: Literal["drop", "latency", "size", "macs"] | str, text: str) -> 
     if match and match[2] in UNITS[name] and match[1].count(".") <= 1 and match[1] != ".":
         return float(match[1]) * UNITS[name][match[2]], match[2]
     raise BadInput(
-        f"set the goal {name} to {text!r}", "that is no limit I can read", f"Write {EXAMPLES[name]}."
+        f"set the goal {name} to {text!r}",
+        "that is no limit I can read",
+        f"Write {EXAMPLES[name]}.",
     )

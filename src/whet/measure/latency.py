@@ -68,7 +68,9 @@ def time_together(
         calls=calls,
     ).said
     found: dict[str, Timing] = {}
-    for variant, times, kernels in zip(variants, said["milliseconds"], said["kernels"], strict=True):
+    for variant, times, kernels in zip(
+        variants, said["milliseconds"], said["kernels"], strict=True
+    ):
         table = np.array(times)
         found[variant.name] = Timing(np.median(table, axis=1), table.reshape(-1), kernels)
     return found

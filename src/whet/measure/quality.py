@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,24 +134,29 @@ def gate(
         agreed, max_difference, relative (RMS), agreement (share of equal largest outputs),
         first_difference (the first layer that differs, or None), int8 {expected, found}.
     """
-    wanted: list[Tensor] = []
+    wanted: list[list[Tensor]] = []
     inputs: list[list[np.ndarray]] = []
     model.eval()
     for x, _ in limited(batches, examples):
         inputs.append(as_arrays(as_arguments(x)))
-        wanted.append(next(tensors_in(model(*as_arguments(x)))))
+        wanted.append(list(tensors_in(model(*as_arguments(x)))))
     arrays = [np.concatenate(column) for column in zip(*inputs, strict=True)]
     batch = batch_size(net.example)
     result = target.job(
         "run", arrays, file=str(file), threads=threads, precision="f32", batch=batch
     )
-    got, want = torch.from_numpy(result.outputs[0]).float(), torch.cat(wanted).float()
-    far = relative(got, want)
+    gots = [torch.from_numpy(y).float() for y in result.outputs]
+    wants = [torch.cat(parts).float() for parts in zip(*wanted, strict=True)]
+    fars = [relative(got, want) for got, want in zip(gots, wants, strict=True)]
+    far, got, want = max(fars), gots[0], wants[0]
     agreed = far <= (TOLERANCE_INTEGER if net.quantized else TOLERANCE_FLOAT)
-    classes = got.ndim == 2 and got.shape[1] > 1
+    classes = got.ndim == 2 and got.shape[1] > 1 and got.shape == want.shape
     return {
         "agreed": agreed,
-        "max_difference": float((got - want).abs().max()),
+        "max_difference": max(
+            float((g - w).abs().max()) if g.shape == w.shape else math.inf
+            for g, w in zip(gots, wants, strict=True)
+        ),
         "relative": far,
         "agreement": float((got.argmax(1) == want.argmax(1)).float().mean()) if classes else None,
         "examples": len(want),

@@ -32,7 +32,7 @@ from whet.graph.trace import baked, export, module_path
 from whet.task import tensors_in
 
 OPSET = 20
-LAYERS = frozenset("Conv ConvTranspose Gemm MatMul".split())
+LAYERS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
 # what runtimes append to the names of nodes that they rewrote
 DECORATIONS = re.compile(r"(_nchwc|_nhwc|_quant|_token_\d+|/.*)+$")
 
@@ -102,7 +102,7 @@ def _owners(proto: ModelProto) -> dict[str, str]:
     """The layer of each node and value: the last one on the way through first inputs."""
     found: dict[str, str] = {}
     for node in proto.graph.node:
-        path = node.name or (found.get(node.input[0], "") if node.input else "")
+        path = node.name.partition("/")[0] or (found.get(node.input[0], "") if node.input else "")
         if path:
             found |= dict.fromkeys([*node.output, path], path)
     return found
@@ -154,7 +154,9 @@ class _Editor:
         self.arrays[name] = array
         return name
 
-    def _dequantize(self, name: str, codes: np.ndarray, scale: np.ndarray, axis: int | None) -> None:
+    def _dequantize(
+        self, name: str, codes: np.ndarray, scale: np.ndarray, axis: int | None
+    ) -> None:
         """Make the value `name` come from integer codes."""
         inputs = [self._add(f"{name}/q", codes), self._add(f"{name}/s", scale)]
         extra = {} if axis is None else {"axis": axis}
@@ -299,13 +301,16 @@ class _Editor:
         used = {name for node in self.nodes for name in node.input}
         fixed = {v.name for v in [*self.graph.input, *self.graph.output]}
         short: dict[str, str] = {name: name for name in fixed} | {"": ""}
-        for name in [n for n in self.arrays if n in used] + [o for n in self.nodes for o in n.output]:
+        for name in [n for n in self.arrays if n in used] + [
+            o for n in self.nodes for o in n.output
+        ]:
             short.setdefault(name, _brief(len(short)))
         grids = {n.input[0]: n.output[0] for n in self.nodes if n.op_type == "QuantizeLinear"}
         through = {n.input[0]: n.output[0] for n in self.nodes if n.op_type == "DequantizeLinear"}
         layers = [(c, short[through.get(grids.get(c, ""), c)]) for c in calls if c in short]
+        times: Counter[str] = Counter()
         graph = helper.make_graph(
-            [_lean(node, short, self.places.get(node.name, "")) for node in self.nodes],
+            [_lean(node, short, self._name(node, times)) for node in self.nodes],
             "whet",
             [_bare(v) for v in self.graph.input],
             [_bare(v) for v in self.graph.output],
@@ -315,6 +320,12 @@ class _Editor:
         proto = helper.make_model(graph, opset_imports=[opset], producer_name="whet", ir_version=10)
         onnx.checker.check_model(proto)
         return proto, layers
+
+    def _name(self, node: NodeProto, times: Counter[str]) -> str:
+        """A layer's name is its module's path, with a number from the second call on."""
+        path = self.places.get(node.name, "") if node.op_type in LAYERS else ""
+        times[path] += 1
+        return path if not path or times[path] == 1 else f"{path}/{times[path]}"
 
     def _share_constants(self) -> None:
         first: dict[tuple[Any, ...], str] = {}
@@ -351,14 +362,12 @@ def _brief(number: int) -> str:
             return f"_{text}"
 
 
-def _lean(node: NodeProto, short: dict[str, str], place: str) -> NodeProto:
-    """The node with short names and no history; layers keep their module's path as a name."""
-    slim = NodeProto(op_type=node.op_type, domain=node.domain)
+def _lean(node: NodeProto, short: dict[str, str], name: str) -> NodeProto:
+    """The node with short names and no history."""
+    slim = NodeProto(op_type=node.op_type, domain=node.domain, name=name)
     slim.input.extend(short[name] for name in node.input)
     slim.output.extend(short[name] for name in node.output)
     slim.attribute.extend(a for a in node.attribute if not _default(node.op_type, a))
-    if node.op_type in LAYERS:
-        slim.name = place
     return slim
 
 

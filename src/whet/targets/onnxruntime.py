@@ -17,29 +17,38 @@ from whet.targets.target import Target
 if TYPE_CHECKING:
     from whet.targets.onnxfile import Deployable
 
+KINDS = {
+    f"tensor({n})": np.dtype(n)
+    for n in ["int8", "int16", "int32", "int64", "uint8", "bool", "float16"]
+}
+KINDS |= {"tensor(float)": np.dtype("float32"), "tensor(double)": np.dtype("float64")}
 INTEGER = frozenset(
-    "QLinearConv QLinearMatMul QGemm MatMulInteger MatMulIntegerToFloat ConvInteger".split()
+    [
+        "QLinearConv",
+        "QLinearMatMul",
+        "QGemm",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "ConvInteger",
+    ]
 )
 
 
 class _Session:
     """An inference session with pinned threads."""
 
-    def __init__(self, path: Path, threads: int, profile: bool = False) -> None:
+    def __init__(self, path: Path, threads: int) -> None:
         self.ort = require("onnxruntime", "onnxruntime")
         self.path, self.threads = path, threads
-        self.session = self._open(profile)
+        self.session = self._open()
         self.names = [each.name for each in self.session.get_inputs()]
 
-    def _open(self, profile: bool, optimized: str = "") -> Any:
+    def _open(self, profile: Path | None = None) -> Any:
         options = self.ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = self.threads, 1
         options.log_severity_level = 3
-        options.enable_profiling = profile
-        if profile:
-            options.profile_file_prefix = str(Path(tempfile.mkdtemp()) / "profile")
-        if optimized:
-            options.optimized_model_filepath = optimized
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
         return self.ort.InferenceSession(
             str(self.path), options, providers=["CPUExecutionProvider"]
         )
@@ -48,16 +57,18 @@ class _Session:
         return self.session.run(None, dict(zip(self.names, inputs, strict=True)))
 
     def _profiled(self, inputs: Sequence[np.ndarray], rounds: int) -> list[dict[str, Any]]:
-        session = self._open(profile=True)
-        for _ in range(rounds):
-            session.run(None, dict(zip(self.names, inputs, strict=True)))
-        events = json.loads(Path(session.end_profiling()).read_text())
+        with tempfile.TemporaryDirectory(prefix="whet-") as folder:
+            session = self._open(Path(folder) / "profile")
+            for _ in range(rounds):
+                session.run(None, dict(zip(self.names, inputs, strict=True)))
+            events = json.loads(Path(session.end_profiling()).read_text())
         return [e for e in events if e.get("cat") == "Node" and "op_name" in e.get("args", {})]
 
     def kernels(self) -> dict[str, int]:
-        shapes = [[d if isinstance(d, int) else 1 for d in i.shape] for i in self.session.get_inputs()]
-        kinds = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
-        types = [kinds.get(i.type, np.float32) for i in self.session.get_inputs()]
+        shapes = [
+            [d if isinstance(d, int) else 1 for d in i.shape] for i in self.session.get_inputs()
+        ]
+        types = [KINDS[i.type] for i in self.session.get_inputs()]
         zeros = [np.zeros(s, t) for s, t in zip(shapes, types, strict=True)]
         ran = {e["name"]: e["args"]["op_name"] for e in self._profiled(zeros, 1)}
         return dict(Counter(ran.values()))

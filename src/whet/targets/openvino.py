@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from whet.targets.target import Target
 if TYPE_CHECKING:
     from whet.targets.onnxfile import Deployable
 
-LAYERS = frozenset("Convolution FullyConnected MatMul Deconvolution".split())
+LAYERS = frozenset(["Convolution", "FullyConnected", "MatMul", "Deconvolution"])
 
 
 class _Session:
@@ -70,8 +70,8 @@ class OpenVino(Target):
     extra: ClassVar[str] = "openvino"
     precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16")
     facts: ClassVar[Mapping[str, str]] = {
-        "int8 static": "conv, linear, residual adds: u8 activations per tensor, s8 weights per channel",
-        "bf16": "on AMX processors the reference that int8 has to beat, at half the bytes of float32",
+        "int8 static": "conv, linear, adds: u8 activations per tensor, s8 weights per channel",
+        "bf16": "on AMX processors the reference that int8 has to beat",
         "zeros": "no kernel by default: unstructured and N:M sparsity save bytes, not time",
         "channels": "multiples of 16; narrow layers are bound by the number of calls",
         "depth": "time falls with the number of layers",

@@ -57,7 +57,9 @@ def run(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[s
 
 def clock(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
     """Milliseconds of each variant, interleaved: rest, one untimed call, `calls` timed ones."""
-    sessions = [target.open(Path(v["file"]), job["threads"], v["precision"]) for v in job["variants"]]
+    sessions = [
+        target.open(Path(v["file"]), job["threads"], v["precision"]) for v in job["variants"]
+    ]
     for session in sessions:
         session.run(inputs)
     rounds: list[list[list[float]]] = [[] for _ in sessions]

@@ -12,7 +12,7 @@ Needs: nothing. Costs: one SVD a layer.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -29,6 +29,7 @@ class Svd(Technique):
     """Factor every linear layer and 1x1 convolution where that saves at least `saving`."""
 
     spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, packed.Sparse, Grid})
+    tiny: ClassVar[dict[str, Any]] = {"energy": 0.5}
 
     energy: Annotated[
         float, Field(gt=0, le=1, description="share of the squared singular values that is kept")

@@ -30,5 +30,7 @@ class FoldBatchNorm(Technique):
         folded, left = folding.fold_all(work.model, work.task.example)
         work.notes += [f"{path} stays: {reason}." for path, reason in left]
         if not folded:
-            raise Refused("FoldBatchNorm", "no BatchNorm follows a layer it could fold into", "Drop it.")
+            raise Refused(
+                "FoldBatchNorm", "no BatchNorm follows a layer it could fold into", "Drop it."
+            )
         work.notes.append(f"folded {len(folded)} BatchNorms.")

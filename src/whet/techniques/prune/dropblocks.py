@@ -72,9 +72,8 @@ class DropBlocks(Technique):
         base = self._loss(work)
         costs = {}
         for done, path in enumerate(paths):
-            handle = work.model.get_submodule(path).register_forward_hook(_switched_off)
-            costs[path] = self._loss(work) - base
-            handle.remove()
+            with work.model.get_submodule(path).register_forward_hook(_switched_off):
+                costs[path] = self._loss(work) - base
             work.tell(turn[0] * len(paths) + done + 1, turn[1] * len(paths))
         work.model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         return costs

@@ -23,7 +23,7 @@ from whet.errors import Refused
 from whet.graph import statistics
 from whet.technique import Need, Technique, Work, weights
 
-OPERATIONS = frozenset("conv1d conv2d conv3d linear".split())
+OPERATIONS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
 
 
 class BiasCorrection(Technique):
@@ -51,7 +51,9 @@ class BiasCorrection(Technique):
             module.bias += mean_shift(error, means[path], getattr(module, "groups", 1))  # type: ignore
             corrected += 1
         if not corrected:
-            raise Refused("BiasCorrection", "no quantized layer has a bias", "Put FoldBatchNorm first.")
+            raise Refused(
+                "BiasCorrection", "no quantized layer has a bias", "Put FoldBatchNorm first."
+            )
         work.notes.append(f"corrected {corrected} biases.")
 
 

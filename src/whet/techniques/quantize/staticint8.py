@@ -28,16 +28,30 @@ from whet.graph import folding, sites, statistics, surgery
 from whet.graph.ledger import Grid
 from whet.technique import Need, Skip, Technique, Work, skipped, weights
 
-MATMULS = frozenset("conv1d conv2d conv3d linear".split())
+MATMULS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
 # operations that the runtimes run on integers, so that their inputs deserve a grid
-INTEGER = MATMULS | frozenset("add cat avg_pool2d adaptive_avg_pool2d max_pool2d".split())
+INTEGER = MATMULS | frozenset(["add", "cat", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"])
 # operations that only move values: what is on the grid stays on it
 MOVES = frozenset(
-    "flatten view reshape permute transpose getitem pad max_pool1d max_pool2d contiguous "
-    "unsqueeze squeeze dropout identity".split()
+    [
+        "flatten",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "getitem",
+        "pad",
+        "max_pool1d",
+        "max_pool2d",
+        "contiguous",
+        "unsqueeze",
+        "squeeze",
+        "dropout",
+        "identity",
+    ]
 )
 # activations that the runtimes merge into the operation before them
-MERGED = frozenset("relu relu6 hardtanh".split())
+MERGED = frozenset(["relu", "relu6", "hardtanh"])
 
 
 class StaticInt8(Technique):
@@ -65,7 +79,9 @@ class StaticInt8(Technique):
     def apply(self, work: Work) -> None:
         layers = list(weights(work.model, self.skip))
         if not layers:
-            raise Refused("StaticInt8", "no linear or convolutional layer is left to quantize", "Drop it.")
+            raise Refused(
+                "StaticInt8", "no linear or convolutional layer is left to quantize", "Drop it."
+            )
         folded, _ = folding.fold_all(work.model, work.task.example)
         if folded:
             work.notes.append(f"folded {len(folded)} BatchNorms first.")
@@ -124,6 +140,8 @@ def placement(calls: list[sites.Call], skip: tuple[str, ...] = ()) -> dict[str, 
     for call in calls:
         mine = readers.get(call.site, [])
         alone = len(mine) == 1 and mine[0].op in MERGED
+        if call.dtype is None or not call.dtype.is_floating_point:
+            continue
         if times[call.site] != 1 or alone or not _read_by_integers(call, readers, skip):
             continue
         moved_from = call.sources[0] if call.op in MOVES and call.sources else None

@@ -1,0 +1,33 @@
+"""Every technique in the catalogue passes the conformance kit."""
+
+import pytest
+
+from whet import catalog, conformance, testing
+
+NAMES = list(catalog.techniques())
+
+
+@pytest.mark.parametrize("network", conformance.KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_battery(name: str, network: str) -> None:
+    conformance.check(conformance.sample(name), network)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_composition(name: str) -> None:
+    assert conformance.check_composition(conformance.sample(name)) > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_absurd_knobs_are_refused(name: str) -> None:
+    tried = conformance.check_knobs(catalog.techniques()[name])
+    assert tried > 0 or not catalog.techniques()[name].model_fields
+
+
+def test_every_technique_applies_somewhere() -> None:
+    for name in NAMES:
+        work = [
+            conformance.applied(conformance.sample(name), testing.tiny_task(network))
+            for network in conformance.KINDS
+        ]
+        assert any(w is not None for w in work), f"{name} refuses every kind of network"

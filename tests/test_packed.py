@@ -1,0 +1,315 @@
+"""Every form computes, cuts, trains, copies and stores as the weight it stands for."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from whet import numerics, packed
+from whet.errors import BadInput, Damaged
+from whet.fit import Schedule, fit
+from whet.packed import Affine, Dense, Sparse
+
+BITS = (2, 4, 7, 8)
+SHAPES = {"linear": (6, 10), "conv": (6, 4, 3, 3)}
+
+
+def mask_for(shape, density=0.4):
+    mask = torch.rand(shape) < density
+    mask[0] = True
+    mask[-1] = False  # a whole channel without weights
+    return mask
+
+
+def affine(inner, bits, symmetric=True, axis=0):
+    weight = inner.dense().detach()
+    if axis is None:
+        low, high = weight.aminmax()
+        rows = weight.reshape(1, -1)
+    else:
+        rows = weight.movedim(axis, 0).flatten(1)
+        low, high = rows.aminmax(dim=1)
+    if symmetric:
+        bound = rows.abs().amax(1)
+        scale = numerics.symmetric_scale(bound if axis is not None else bound[0], bits)
+        zero = torch.zeros_like(scale)
+    elif axis is None:
+        scale, zero = map(torch.tensor, numerics.affine_scale(float(low), float(high), bits))
+    else:
+        ends = [numerics.affine_scale(float(a), float(b), bits) for a, b in zip(low, high)]
+        scale, zero = (torch.tensor(column) for column in zip(*ends))
+    return Affine(inner, scale, zero.float(), bits_wide=bits, symmetric=symmetric, axis=axis)
+
+
+def build(kind, shape, bits=8, symmetric=True, axis=0):
+    weight = torch.randn(shape)
+    if kind == "Dense":
+        return Dense(weight)
+    if kind == "Sparse(Dense)":
+        return Sparse(Dense(weight), mask_for(shape))
+    if kind == "Affine(Dense)":
+        return affine(Dense(weight), bits, symmetric, axis)
+    if kind == "Sparse(Affine(Dense))":
+        return Sparse(affine(Dense(weight), bits, symmetric, axis), mask_for(shape))
+    if kind == "Sparse(Sparse(Dense))":
+        return Sparse(Sparse(Dense(weight), mask_for(shape)), mask_for(shape, 0.7))
+    return affine(Sparse(Dense(weight), mask_for(shape)), bits, symmetric, axis)
+
+
+KINDS = (
+    "Dense",
+    "Sparse(Dense)",
+    "Affine(Dense)",
+    "Sparse(Affine(Dense))",
+    "Affine(Sparse(Dense))",
+    "Sparse(Sparse(Dense))",
+)
+
+
+def identical(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def rebuilt(form):
+    parts = {name: tensor for name, (tensor, _) in packed.store(form).items()}
+    return packed.restore(form.spec(), parts, list(form.dense().shape))
+
+
+@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_storing_and_restoring_is_bit_identical(kind, bits, symmetric, axis):
+    for shape in SHAPES.values():
+        form = build(kind, shape, bits, symmetric, axis)
+        again = rebuilt(form)
+        identical(again.dense(), form.dense())
+        assert again.spec() == form.spec()
+        assert packed.kinds(again) == packed.kinds(form)
+        identical(rebuilt(again).dense(), form.dense())
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_stored_fits_its_bits(kind, bits):
+    form = build(kind, SHAPES["conv"], bits)
+    stored = packed.store(form)
+    for tensor, width in stored.values():
+        if not tensor.is_floating_point():
+            assert int(tensor.min()) >= 0
+            assert int(tensor.max()) < 2**width
+    assert form.bits() == sum(t.numel() * width for t, width in stored.values())
+
+
+def test_bits_of_each_form():
+    assert build("Dense", (6, 10)).bits() == 60 * 32
+    assert build("Affine(Dense)", (6, 10), 4).bits() == 60 * 4 + 6 * 32
+    sparse = build("Sparse(Dense)", (6, 10))
+    assert sparse.bits() == int(sparse.mask.sum()) * 32 + 60
+    one, other = (build(kind, (6, 10), 4) for kind in KINDS[3:5])
+    other.inner.mask = one.mask
+    assert one.bits() == other.bits() == int(one.mask.sum()) * 4 + 6 * 32 + 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_taking_slices_of_a_form_takes_those_of_its_weight(kind, dim, axis):
+    form = build(kind, SHAPES["conv"], 4, axis=axis)
+    index = torch.tensor([2, 0, 3])
+    expected = form.dense().index_select(dim, index)
+    form.take(dim, index)
+    identical(form.dense(), expected)
+    identical(rebuilt(form).dense(), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_zeros_are_where_the_support_says(kind):
+    form = build(kind, SHAPES["linear"])
+    support = form.support()
+    if support is None:
+        assert "Sparse" not in kind
+        return
+    assert not bool(form.dense()[~support].any())
+    assert 0 < int(support.sum()) < support.numel()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_grid_error_and_number_of_codes(bits, symmetric):
+    form = build("Affine(Dense)", (6, 50), bits, symmetric)
+    error = (form.dense() - form.inner.dense()).abs()
+    assert bool((error <= form.scale[:, None] / 2 * (1 + 1e-4)).all())
+    for row in form.dense():
+        assert len(row.unique()) <= 2**bits - symmetric
+    low, high = numerics.integer_range(bits, symmetric)
+    assert set(form.codes().unique().tolist()) <= set(range(low, high + 1))
+
+
+def test_the_gradient_goes_straight_through_inside_the_range():
+    x = torch.tensor([[-3.0, -0.9, 0.2, 0.31, 0.99, 5.0]])
+    form = Affine(
+        Dense(x), torch.tensor(1 / 7), torch.tensor(0.0), bits_wide=4, symmetric=True, axis=None
+    )
+    weights = torch.tensor([[2.0, 3.0, 5.0, 7.0, 11.0, 13.0]])
+    (form.dense() * weights).sum().backward()
+    inside = torch.tensor([[0.0, 1.0, 1.0, 1.0, 1.0, 0.0]])
+    torch.testing.assert_close(form.inner.value.grad, weights * inside)
+
+
+def test_only_floating_values_train():
+    form = build("Sparse(Affine(Dense))", (6, 10))
+    assert [n for n, p in form.named_parameters() if p.requires_grad] == ["inner.inner.value"]
+    assert not Dense(torch.ones(2), trains=False).value.requires_grad
+
+
+def layers():
+    return {
+        "linear": (nn.Linear(10, 6), torch.randn(4, 10)),
+        "conv": (nn.Conv2d(4, 6, 3, padding=1), torch.randn(2, 4, 5, 5)),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_an_installed_form_is_the_weight(kind, layer):
+    module, x = layers()[layer]
+    form = build(kind, module.weight.shape)
+    plain = copy.deepcopy(module)
+    plain.weight.data = form.dense().detach()
+    packed.install(module, "weight", form)
+    assert packed.form_of(module) is form
+    identical(module.weight, form.dense())
+    identical(module(x), plain(x))
+    assert isinstance(module, type(plain))
+
+
+def test_installing_a_dense_form_changes_nothing():
+    module, x = layers()["conv"]
+    expected = module(x)
+    packed.install(module, "weight", Dense(module.weight))
+    identical(module(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_baking_a_copy_leaves_the_original_alone(kind):
+    module, x = layers()["linear"]
+    model = nn.Sequential(module, nn.ReLU())
+    packed.install(module, "weight", build(kind, (6, 10)))
+    expected = model(x)
+    copies = [copy.deepcopy(model) for _ in range(2)]
+    for twin in copies:
+        baked = packed.bake(twin)
+        assert list(baked) == ["0.weight"]
+        assert type(twin[0]) is nn.Linear
+        assert isinstance(twin[0].weight, nn.Parameter)
+        assert sorted(twin.state_dict()) == ["0.bias", "0.weight"]
+        identical(twin(x), expected)
+        assert not list(packed.forms(twin))
+    identical(model(x), expected)
+    assert packed.form_of(module) is not None
+    identical(copy.deepcopy(model)(x), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_dicts_carry_a_form(kind):
+    torch.manual_seed(1)
+    module, x = layers()["linear"]
+    other, _ = layers()["linear"]
+    packed.install(module, "weight", build(kind, (6, 10), 4))
+    packed.install(other, "weight", build(kind, (6, 10), 4))
+    assert not torch.equal(other(x), module(x))
+    other.load_state_dict(module.state_dict())
+    identical(other(x), module(x))
+    spec = packed.form_of(module).spec()
+    prefix = "parametrizations.weight.0."
+    identical(packed.from_state(spec, module.state_dict(), prefix).dense(), module.weight)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:5])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_moves_latents_and_keeps_masks_and_scales(kind, optimizer):
+    model = nn.Sequential(nn.Linear(10, 6))
+    form = build(kind, (6, 10), 4)
+    packed.install(model[0], "weight", form)
+    leaf = next(m for m in form.modules() if isinstance(m, Dense))
+    before, support = leaf.value.detach().clone(), form.support()
+    scales = [m.scale.detach().clone() for m in form.modules() if isinstance(m, Affine)]
+    data = [(torch.randn(16, 10), torch.randint(0, 6, (16,))) for _ in range(4)]
+    schedule = Schedule(epochs=3, lr=0.1, optimizer=optimizer, weight_decay=0.01)
+    fit(model, data, lambda _, y, z: nn.functional.cross_entropy(z, y), schedule)
+    assert not torch.equal(leaf.value, before)
+    if support is not None:
+        identical(form.support(), support)
+        assert not bool(model[0].weight[~support].any())
+    for module, scale in zip((m for m in form.modules() if isinstance(m, Affine)), scales):
+        identical(module.scale.detach(), scale)
+    identical(rebuilt(form).dense(), form.dense())
+
+
+def test_rewriting_replaces_the_leaf_and_keeps_the_tree():
+    module = nn.Linear(10, 6)
+    weight, mask = module.weight.detach().clone(), mask_for((6, 10))
+    packed.rewrite(module, "weight", lambda w: Sparse(Dense(w), mask))
+    packed.rewrite(module, "weight", lambda w: affine(Dense(w), 8))
+    form = packed.form_of(module)
+    assert form.words() == f"{float(mask.float().mean()):.0%} dense, 8 bit per channel"
+    assert packed.kinds(form) == {Sparse, Affine, Dense}
+    identical(form.support(), mask)
+    identical(form.inner.inner.value.detach(), weight)
+    packed.rewrite(module, "weight", lambda w: Sparse(Dense(w), ~mask))
+    assert not bool(module.weight.any())
+
+
+def test_a_second_form_replaces_the_first():
+    module = nn.Linear(10, 6)
+    packed.install(module, "weight", Dense(torch.zeros(6, 10)))
+    packed.install(module, "weight", Dense(torch.ones(6, 10)))
+    identical(module.weight.detach(), torch.ones(6, 10))
+    assert [(path, name) for path, name, _ in packed.forms(module)] == [("", "weight")]
+
+
+def test_a_parametrization_of_the_users_own_is_refused():
+    module = parametrize_by_tanh(nn.Linear(3, 3))
+    weight = module.weight.detach().clone()
+    text = "pack the weight 'weight' of .*: the module has a parametrization of its own. Call torch"
+    with pytest.raises(BadInput, match=text):
+        packed.install(module, "weight", Dense(module.weight))
+    identical(module.weight.detach(), weight)
+    assert packed.form_of(module) is None
+
+
+def parametrize_by_tanh(module):
+    parametrize.register_parametrization(module, "weight", nn.Tanh())
+    return module
+
+
+def test_damaged_parts_are_told():
+    form = build("Sparse(Affine(Dense))", (6, 10))
+    spec, shape = form.spec(), [6, 10]
+    parts = {name: tensor for name, (tensor, _) in packed.store(form).items()}
+    short = parts | {"codes": parts["codes"][:-1]}
+    with pytest.raises(Damaged, match=r"rebuild a weight: \d+ values stand under a mask of \d+"):
+        packed.restore(spec, short, shape)
+    whole = {"codes": torch.zeros(60, dtype=torch.int32), "scale": parts["scale"]}
+    with pytest.raises(Damaged, match="a sparse weight has no mask. The file is damaged"):
+        packed.restore(spec, whole, shape)
+    for wrong in ({"form": "Afine"}, spec | {"form": "Afine"}, {}):
+        with pytest.raises(Damaged, match="the form .* is none of Dense, Affine, Sparse. The file"):
+            packed.restore(wrong, parts, shape)
+
+
+def test_words_name_each_form():
+    assert Dense(torch.ones(2)).words() == "float32"
+    assert build("Affine(Dense)", (6, 10), 4, axis=None).words() == "4 bit per tensor"
+    both = build("Affine(Sparse(Dense))", (6, 10), 8)
+    assert both.words() == f"8 bit per channel of {both.inner.words()}"
+
+
+def test_half_precision_stays_half():
+    for kind in KINDS:
+        form = build(kind, (6, 10)).half()
+        assert form.dense().dtype == torch.float16
+        identical(rebuilt(form).dense(), form.dense())
