@@ -25,7 +25,12 @@ RANGES = {
     "exclusiveMaximum": "< {}",
     "enum": "one of {}",
 }
-OPTIONS = "    options:\n      members: false\n      show_root_heading: false\n      docstring_style: null\n"
+OPTIONS = """\
+    options:
+      members: false
+      show_root_heading: false
+      docstring_style: null
+"""
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -50,7 +55,7 @@ class Cards(griffe.Extension):
             return
         text = mod.docstring.value.partition(": ")[2]
         head, card = text.partition("\n")[::2]
-        card = LABELS.sub(r"\n\n**\1.** ", card)
+        card = LABELS.sub(r"\n\n**\1:** ", card)
         card = re.sub(r"(?m)^(\*\*.*(?:\n {4}\S.*)+)", _unwrapped, card)
         mod.docstring.value = f"{head[:1].upper()}{head[1:]}\n{card}\n\n{_table(kinds[0])}"
 
@@ -65,8 +70,8 @@ def _table(kind: Any) -> str:
         f"| `{name}` | `{json.dumps(facts.get('default'))}` | {_range(facts)} | {_words(facts)} |"
         for name, facts in knobs(kind).items()
     ]
-    head = ["**Knobs.**", "", "| Knob | Default | Range | What |", "|---|---|---|---|"]
-    return "\n".join([*head, *rows]) if rows else "**Knobs.** None."
+    head = ["**Knobs:**", "", "| Knob | Default | Range | What |", "|---|---|---|---|"]
+    return "\n".join([*head, *rows]) if rows else "**Knobs:** none."
 
 
 def _words(facts: dict[str, Any]) -> str:
@@ -75,7 +80,12 @@ def _words(facts: dict[str, Any]) -> str:
 
 def _range(facts: dict[str, Any]) -> str:
     either = [facts, *facts.get("anyOf", [])]
-    said = [words.format(_plain(one[key])) for one in either for key, words in RANGES.items() if key in one]
+    said = [
+        words.format(_plain(one[key]))
+        for one in either
+        for key, words in RANGES.items()
+        if key in one
+    ]
     return ", ".join(said)
 
 

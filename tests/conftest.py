@@ -1,7 +1,14 @@
 """Tiny networks run fastest on one thread, and every test starts from the same random state."""
 
+import copy
+import re
+
 import pytest
 import torch
+
+from whet.errors import Refused
+from whet.graph import surgery
+from whet.technique import Work
 
 torch.set_num_threads(1)
 
@@ -9,3 +16,34 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def applied(task, *techniques):
+    """What the techniques, one after the other, make of a copy of the task's network."""
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    for technique in techniques:
+        technique.apply(work)
+    return work
+
+
+@pytest.fixture
+def apply():
+    return applied
+
+
+@pytest.fixture
+def refuses():
+    """Check that a technique refuses with a text and leaves the network as it was."""
+
+    def check(task, technique, text, *before):
+        work = applied(task, *before)
+        state, structure = copy.deepcopy(work.model.state_dict()), surgery.structure(work.model)
+        with pytest.raises(Refused, match=re.escape(text)) as caught:
+            technique.apply(work)
+        assert caught.value.todo.endswith(".")
+        assert surgery.structure(work.model) == structure
+        now = work.model.state_dict()
+        assert state.keys() == now.keys()
+        assert all(torch.equal(state[name], now[name]) for name in state)
+
+    return check

@@ -91,7 +91,7 @@ def test_bytes_are_the_same_in_another_process():
     assert hashlib.sha256(artifact.encode(model, example)).hexdigest() == done.stdout.strip()
 
 
-# -- damage --------------------------------------------------------------------------------------
+# -- damage -------------------------------------------------------------------------------------
 
 
 class Small(nn.Module):
@@ -165,13 +165,13 @@ def test_every_flipped_byte_is_refused():
 
 def test_every_truncation_and_anything_behind_the_end_is_refused():
     for k in range(len(DATA)):
-        with pytest.raises(Damaged, match="truncated|does not begin"):
+        with pytest.raises(Damaged, match=r"truncated|does not begin"):
             artifact.decode(DATA[:k])
     for more in (b"\0", b"\0" * 1000, DATA):
         with pytest.raises(Damaged, match="truncated or altered"):
             artifact.decode(DATA + more)
+    header, body = opened(DATA)
     with pytest.raises(Damaged, match="belong to no tensor"):
-        header, body = opened(DATA)
         artifact.decode(sealed(header, body + b"\0"))
 
 
@@ -213,7 +213,7 @@ def test_zlib_bomb_takes_bounded_memory():
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
-# -- hostile headers with right checksums -----------------------------------------------------------
+# -- hostile headers with right checksums -------------------------------------------------------
 
 NAME, OFFSET, LENGTH, DTYPE, SHAPE, BITS, CODEC, CRC = range(8)
 
@@ -349,7 +349,7 @@ def test_forms_at_places_that_are_no_weights(name: str):
     for entry in header["sections"]:
         entry[NAME] = entry[NAME].replace("first.weight//", f"{name}//")
     model = Small()
-    with pytest.raises(Damaged, match="load model.whet"):
+    with pytest.raises(Damaged, match=r"load model.whet"):
         artifact.decode(sealed(header, body), model)
     assert callable(model.forward)
     assert type(model) is Small
@@ -504,7 +504,7 @@ def test_three_hundred_random_mutations():
     assert refusals > 400
 
 
-# -- wrong use -------------------------------------------------------------------------------------
+# -- wrong use ----------------------------------------------------------------------------------
 
 
 def test_into_another_network():

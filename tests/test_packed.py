@@ -38,8 +38,10 @@ def affine(inner, bits, symmetric=True, axis=0):
     elif axis is None:
         scale, zero = map(torch.tensor, numerics.affine_scale(float(low), float(high), bits))
     else:
-        ends = [numerics.affine_scale(float(a), float(b), bits) for a, b in zip(low, high)]
-        scale, zero = (torch.tensor(column) for column in zip(*ends))
+        ends = [
+            numerics.affine_scale(float(a), float(b), bits) for a, b in zip(low, high, strict=True)
+        ]
+        scale, zero = (torch.tensor(column) for column in zip(*ends, strict=True))
     return Affine(inner, scale, zero.float(), bits_wide=bits, symmetric=symmetric, axis=axis)
 
 
@@ -244,8 +246,8 @@ def test_training_moves_latents_and_keeps_masks_and_scales(kind, optimizer):
     if support is not None:
         identical(form.support(), support)
         assert not bool(model[0].weight[~support].any())
-    for module, scale in zip((m for m in form.modules() if isinstance(m, Affine)), scales):
-        identical(module.scale.detach(), scale)
+    after = [m.scale.detach() for m in form.modules() if isinstance(m, Affine)]
+    assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True))
     identical(rebuilt(form).dense(), form.dense())
 
 
@@ -294,10 +296,12 @@ def test_damaged_parts_are_told():
     with pytest.raises(Damaged, match=r"rebuild a weight: \d+ values stand under a mask of \d+"):
         packed.restore(spec, short, shape)
     whole = {"codes": torch.zeros(60, dtype=torch.int32), "scale": parts["scale"]}
-    with pytest.raises(Damaged, match="a sparse weight has no mask. The file is damaged"):
+    with pytest.raises(Damaged, match=r"a sparse weight has no mask. The file is damaged"):
         packed.restore(spec, whole, shape)
     for wrong in ({"form": "Afine"}, spec | {"form": "Afine"}, {}):
-        with pytest.raises(Damaged, match="the form .* is none of Dense, Affine, Sparse. The file"):
+        with pytest.raises(
+            Damaged, match=r"the form .* is none of Dense, Affine, Sparse. The file"
+        ):
             packed.restore(wrong, parts, shape)
 
 

@@ -79,7 +79,7 @@ def test_a_sound_task_passes(name):
         {
             "loss": lambda z, y: (z[:, 0] - y).square().mean(),
             "metric": lambda z, y: (z[:, 0] - y).abs().mean(),
-            **dict.fromkeys(("train", "validation", "test"), [batch(labels=torch.randn(6))]),
+            **{k: [batch(labels=torch.randn(6))] for k in ("train", "validation", "test")},
         },
     ],
     ids=["full", "bare", "loader", "no labels", "soft labels", "list", "tuple", "regression"],
@@ -218,7 +218,7 @@ def test_checking_changes_nothing():
 
 
 def test_a_direction_that_does_not_exist_is_refused():
-    with pytest.raises(BadInput, match="measure 'loss': better is 'less'. Say \"higher\" or"):
+    with pytest.raises(BadInput, match=r"measure 'loss': better is 'less'. Say \"higher\" or"):
         Metric("loss", top1, better="less")
 
 
@@ -273,7 +273,7 @@ def test_evaluation_is_in_eval_mode_and_leaves_modes_as_they_were():
 
 
 def test_evaluation_refuses_nothing_and_nonsense():
-    with pytest.raises(BadInput, match="evaluate the network: there is no batch. Give at least"):
+    with pytest.raises(BadInput, match=r"evaluate the network: there is no batch. Give at least"):
         evaluate(net(), [], ACCURACY)
     with pytest.raises(BadInput, match="evaluate the network: its outputs hold NaN or infinite"):
         evaluate(with_weight(torch.nan), [batch()], ACCURACY)

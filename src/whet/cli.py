@@ -33,7 +33,7 @@ from whet.recipe import Recipe, built_in
 from whet.report.page import page
 from whet.report.table import layer_table, tables
 from whet.task import Task
-from whet.technique import card, knobs
+from whet.technique import card, knobs, span
 
 app = typer.Typer(
     name="whet",
@@ -146,6 +146,7 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         console=err,
         transient=True,
+        disable=not err.is_terminal,
     )
 
 
@@ -162,7 +163,7 @@ def _deliver(
         err.print(f"[bold red]whet:[/] interrupted. {todo}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     finally:
-        if not _steps_kept(folder):
+        if not _steps_kept(folder) and (_workspace(folder) / "run.json").exists():
             shutil.rmtree(_workspace(folder), ignore_errors=True)
     result.save(folder, replace=force)
     shutil.rmtree(_workspace(folder), ignore_errors=True)
@@ -188,7 +189,7 @@ def _steps_kept(folder: Path) -> bool:
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("out"),
     target: Target = "onnxruntime",
-    force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
     as_json: Json = False,
 ) -> None:
     """The whole job on data that ships with a dependency, in under three minutes.
@@ -235,8 +236,10 @@ def compress(
     seed: Seed = 0,
     rounds: Annotated[int, typer.Option(min=5, help="Rounds of the final timing.")] = 40,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")] = Path("out"),
-    force: Annotated[bool, typer.Option(help="Replace the folder if it exists.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with a run that was interrupted.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing folder.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compress a network, deploy it, and measure the deployed file beside the original.
@@ -255,7 +258,10 @@ def compress(
     runner.targets_of(target)
     steps = None if recipe is None else Recipe.read(recipe)
     loaded = load_task(task)
-    steps = built_in(loaded) if steps is None else steps
+    if steps is None:
+        steps = built_in(loaded)
+        names = ", ".join(step.name for step in steps.steps)
+        err.print(f"no --recipe given: the built-in one is {names}", highlight=False)
     workspace = _workspace(output)
     options |= {"workspace": workspace, "resume": resume}
     _deliver(lambda tell: runner.apply(steps, loaded, tell=tell, **options), output, force, as_json)
@@ -287,7 +293,9 @@ def inspect_(
     out.print(
         f"{ms['median']:.3f} ms in {found['target']} at {threads} thread(s), batch {found['batch']}"
     )
-    out.print(f"{len(found['groups'])} channel groups, {len(found['blocks'])} droppable blocks")
+    names = {"channel groups": found["groups"], "droppable blocks": found["blocks"]}
+    for what, each in names.items():
+        out.print(escape(f"{len(each)} {what}: {', '.join(each) or 'none'}"), highlight=False)
     for name, reason in found["left_alone"].items():
         out.print(f"[dim]{escape(f'{name} is left alone: {reason}')}[/]")
 
@@ -310,6 +318,12 @@ def verify(
     Example: `whet verify out/`
     """
     report = _report(folder)
+    if task is None and ":" not in report["task"]:
+        raise BadInput(
+            f"verify {folder}",
+            f"its report calls the task {report['task']!r}, which cannot be loaded",
+            "Give --task path/to/file.py:function.",
+        )
     loaded = load_task(task or report["task"])
     loaded.check()
     found = inspection.again(folder, report, loaded, threads, rounds)
@@ -322,7 +336,8 @@ def verify(
         out.print(table)
         for goal in found["goals"]:
             out.print(
-                f"{goal['name']} {goal['limit']}: {goal['value']} {'met' if goal['met'] else 'MISSED'}"
+                f"{goal['name']} {goal['limit']}: {goal['value']}"
+                f" {'met' if goal['met'] else 'MISSED'}"
             )
     raise typer.Exit(0 if all(goal["met"] for goal in found["goals"]) else 1)
 
@@ -330,7 +345,9 @@ def verify(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A folder that compress wrote.")],
-    layers: Annotated[bool, typer.Option(help="Print the table of layers too.")] = False,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="Print the table of layers too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Print the report, and write report.html anew from report.json.
@@ -386,9 +403,10 @@ def techniques(
         return
     if name is not None:
         out.print(Markdown(f"```\n{card(known[name])}\n```"))
-        table = Table("knob", "default", "what")
+        table = Table("knob", "default", "range", "what")
         for knob, facts in knobs(known[name]).items():
-            table.add_row(knob, json.dumps(facts.get("default")), facts.get("description", ""))
+            default, what = json.dumps(facts.get("default")), facts.get("description", "")
+            table.add_row(knob, default, span(facts), what)
         out.print(table)
         return
     table = Table("technique", "family", "what it does")
@@ -441,7 +459,7 @@ def _main(
 def main() -> None:
     """Run the command line; errors of whet are one sentence and exit status 2."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="whet")
     except WhetError as error:
         said = escape(f"could not {error.asked}: {error.found.rstrip('.')}. {error.todo}")
         err.print(f"[bold red]whet:[/] {said}", highlight=False, soft_wrap=True)

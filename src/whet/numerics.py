@@ -19,7 +19,7 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
 
 
 def along(values: Tensor, ndim: int, axis: int | None) -> Tensor:
-    """Shape per-channel `values` [channels] so that they broadcast along `axis` of an ndim tensor."""
+    """Shape per-channel `values` [channels] to broadcast along `axis` of an ndim tensor."""
     if axis is None:
         return values
     return values.reshape([-1 if d == axis else 1 for d in range(ndim)])

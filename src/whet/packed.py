@@ -1,9 +1,10 @@
 """What a compressed weight *is*: a small tree of forms with a `Dense` leaf.
 
 `Sparse(Affine(Dense))` is a pruned then quantized weight, `Affine(Sparse(Dense))` a quantized then
-pruned one: each step rewrites the leaf it finds. A form is installed through torch's own parametrization, so that training,
-`deepcopy`, `state_dict` and `torch.export` see an ordinary weight. Techniques write forms; codecs,
-targets and meters read them and never ask which technique made them.
+pruned one: each step rewrites the leaf it finds. A form is installed through torch's own
+parametrization, so that training, `deepcopy`, `state_dict` and `torch.export` see an ordinary
+weight. Techniques write forms; codecs, targets and meters read them and never ask which technique
+made them.
 """
 
 from __future__ import annotations
@@ -252,9 +253,10 @@ def rewrite(module: nn.Module, name: str, pack: Callable[[Tensor], Packed]) -> N
     if form is None or isinstance(form, Dense):
         install(module, name, pack(getattr(module, name).detach()))
         return
-    while not isinstance(form.inner, Dense):
-        form = form.inner
-    form.inner = pack(form.inner.value.detach())
+    above: Any = form
+    while not isinstance(above.inner, Dense):
+        above = above.inner
+    above.inner = pack(above.inner.value.detach())
 
 
 def forms(model: nn.Module) -> Iterator[tuple[str, str, Packed]]:

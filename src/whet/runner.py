@@ -273,10 +273,10 @@ class _Run:
         self.settings.tell("original", 0, 1)
         self.original, self.original_net = self._lower(self.parent, "original")
         start = {"step": "original"} | self._reading(self.parent, None)
-        model, steps = self.parent, []
+        model, steps, last = self.parent, [], start
         for place, step in enumerate(self.recipe.steps, start=1):
-            model, said = self._step(model, step, place)
-            steps.append(said)
+            model, last = self._step(model, step, place, last)
+            steps.append(last)
         return self._finish(model, start, steps)
 
     def _claim_workspace(self) -> None:
@@ -314,8 +314,9 @@ class _Run:
             raise unwritable(self.workspace, error) from error
 
     def _step(
-        self, model: nn.Module, step: Technique, place: int
+        self, model: nn.Module, step: Technique, place: int, last: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
+        """Apply one step and read what came of it; a refused one keeps the reading before it."""
         saved = None if self.workspace is None else self.workspace / f"step-{place}"
         label = f"{place}/{len(self.recipe.steps)} {step.name}"
         if saved is not None and saved.exists():
@@ -335,6 +336,7 @@ class _Run:
         except Refused as error:
             refused, work.model = True, copy.deepcopy(model)
             work.notes.append(f"refused: {error}")
+            self.notes.append(f"{step.name} was refused: {error}")
         seconds = time.perf_counter() - began
         promises.check(before, work.model, self.task.example, step.name)
         said = {
@@ -343,9 +345,9 @@ class _Run:
             "seconds": seconds,
             "refused": refused,
             "notes": work.notes,
+            "overhead_seconds": {},
         }
-        if not refused:
-            said |= self._reading(work.model, label)
+        said = last | said | ({} if refused else self._reading(work.model, label))
         if saved is not None:
             try:
                 checkpoint.write(saved, work.model, said)
@@ -367,9 +369,7 @@ class _Run:
             took[name] = round(time.perf_counter() - began, 3)
 
         began = time.perf_counter()
-        file, net = (
-            (self.original, self.original_net) if label is None else self._lower(model, "step")
-        )
+        file = self.original if label is None else self._lower(model, "step")[0]
         lap("export", began)
         said: dict[str, Any] = cost.totals(model, self.task.example)
         said["bytes"] = file.stat().st_size

@@ -214,7 +214,8 @@ class Task:
         if labels.dtype.is_floating_point or low < 0 or high >= classes:
             raise BadInput(
                 f"compare the outputs with the labels of Task.{split}",
-                f"labels run from {low} to {high} ({labels.dtype}), the network has {classes} outputs",
+                f"labels run from {low} to {high} ({labels.dtype}), "
+                f"the network has {classes} outputs",
                 "Give integer labels from 0 to outputs - 1, or a loss and metric of your own.",
             )
 

@@ -199,7 +199,7 @@ class ChannelTechnique(Technique):
     amount: Annotated[float, Field(ge=0, lt=1, description="share of the channels to remove")] = 0.5
     amounts: Annotated[
         dict[str, Annotated[float, Field(ge=0, lt=1)]],
-        Field(description="other amounts for groups, by path pattern"),
+        Field(description="other amounts, by pattern of the paths that make the channels"),
     ] = {}
     multiple_of: Annotated[
         int, Field(ge=1, le=256, description="channel counts are multiples of this")
@@ -254,10 +254,10 @@ class ChannelTechnique(Technique):
         return total / np.maximum(seen, 1)
 
     def _amount(self, group: channels.Group) -> float:
-        for pattern, amount in self.amounts.items():
-            if any(skipped(m.name.rpartition(".")[0], (pattern,)) for m in group.members):
-                return amount
         out = [m.name.rpartition(".")[0] for m in group.members if m.dim == 0]
+        for pattern, amount in self.amounts.items():
+            if any(skipped(path, (pattern,)) for path in out):
+                return amount
         return 0.0 if any(skipped(path, self.skip) for path in out) else self.amount
 
     def _kept(self, group: channels.Group, scores: np.ndarray) -> np.ndarray:
@@ -323,3 +323,13 @@ def card(kind: type[Technique]) -> str:
 def knobs(kind: type[Technique]) -> dict[str, dict[str, Any]]:
     """Each knob's type, default, range and description, as JSON schema."""
     return dict(kind.model_json_schema().get("properties", {}))
+
+
+def span(facts: dict[str, Any]) -> str:
+    """The range of a knob in words, from its JSON schema."""
+    words = []
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    for each in [facts, *facts.get("anyOf", ())]:
+        words += [f"{sign} {each[key]:g}" for key, sign in signs.items() if key in each]
+        words += ["one of " + ", ".join(map(str, each["enum"]))] if "enum" in each else []
+    return ", ".join(words)

@@ -157,7 +157,7 @@ def test_what_cannot_be_stored_is_said_when_it_is_stored(model: nn.Module, words
         program.describe(export(model, (T,)))
 
 
-# -- hostile graphs ------------------------------------------------------------------------------
+# -- hostile graphs -----------------------------------------------------------------------------
 
 GRAPH, _ = stored(nn.Linear(2, 2), (torch.ones(1, 2),))
 STATE = nn.Linear(2, 2).state_dict()

@@ -161,7 +161,7 @@ def test_input_means_are_the_means_of_each_channel():
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(36, 5), nn.Conv1d(4, 2, 1)
     ).eval()
-    data = batches(torch.zeros(2, 3, 8, 8), 3, seed=1, size=7)[:2] + [(torch.randn(3, 3, 8, 8), 0)]
+    data = [*batches(torch.zeros(2, 3, 8, 8), 2, seed=1, size=7), (torch.randn(3, 3, 8, 8), 0)]
     found = statistics.input_means(model, data, {"conv2d", "linear", "conv1d"})
     x = torch.cat([inputs for inputs, _ in data])
     with torch.no_grad():

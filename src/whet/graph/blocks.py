@@ -87,7 +87,7 @@ def _plain(node: Node, entry: Node) -> bool:
     """Whether an add is the sum of two computed values, as they are."""
     parts = node.args[:2] if _name(node) in ("add", "add_") else ()
     computed = all(isinstance(p, Node) and (p is entry or p.op != "placeholder") for p in parts)
-    return computed and node.kwargs.get("alpha", 1) == 1
+    return computed and bool(node.kwargs.get("alpha", 1) == 1)
 
 
 def _skip_path(node: Node, entry: Node, mine: set[Node]) -> list[Node]:

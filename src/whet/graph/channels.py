@@ -25,6 +25,7 @@ from whet.graph.trace import Trace, module_path, trace
 
 Labels = dict[int, np.ndarray]  # dimension -> label of each position
 FIXED = 0
+INPUT = "its channels are the network's input"
 
 
 class Union:
@@ -32,7 +33,7 @@ class Union:
 
     def __init__(self) -> None:
         self.parent = [FIXED]
-        self.reasons: dict[int, str] = {FIXED: "its channels are the network's input"}
+        self.reasons: dict[int, str] = {FIXED: INPUT}
 
     def fresh(self, count: int) -> np.ndarray:
         """New labels, each alone in its set."""
@@ -197,7 +198,7 @@ def _convolution(flow: _Flow, node: Node) -> Labels:
     x, weight, bias = node.args[0], node.args[1], node.args[2] if len(node.args) > 2 else None
     transposed, place = "transpose" in _operator(node), 6
     if _operator(node) == "convolution":
-        transposed, place = bool(node.args[6]), 8
+        transposed, place = bool(node.args[6]), 8  # type: ignore[misc]
     groups = int(node.args[place]) if len(node.args) > place else 1  # type: ignore[arg-type]
     channels, out = _shape(x)[1], _shape(node)[1]
     inner = flow.labels(x).get(1)
@@ -325,10 +326,10 @@ def _pad(flow: _Flow, node: Node) -> Labels:
 
 
 def _slice(flow: _Flow, node: Node) -> Labels:
-    dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
-    labels = dict(flow.labels(node.args[0]))
+    dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore
+    labels = dict(flow.labels(node.all_input_nodes[0]))
     dim %= len(_shape(node))
-    if dim in labels and _shape(node) != _shape(node.args[0]):
+    if dim in labels and _shape(node) != _shape(node.all_input_nodes[0]):
         flow.fix(node, [{dim: labels.pop(dim)}], "a slice with constant ends")
     return labels
 
@@ -490,7 +491,9 @@ def _gather(flow: _Flow) -> list[Group]:
     together: dict[int, list[tuple[str, int]]] = {}
     for key in roots:
         together.setdefault(owner.find(index[key]), []).append(key)
-    return [_group(flow, {key: roots[key] for key in keys}) for keys in together.values()]
+    groups = [_group(flow, {key: roots[key] for key in keys}) for keys in together.values()]
+    # what reads the input alone offers no choice
+    return [group for group in groups if group.fixed != INPUT]
 
 
 def _group(flow: _Flow, roots: dict[tuple[str, int], list[int]]) -> Group:

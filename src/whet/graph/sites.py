@@ -212,8 +212,8 @@ def calls(model: nn.Module, example: tuple[Any, ...]) -> list[Call]:
         return tuple(maker.get(id(t), "?") for t in tensors_in(values))
 
     def note(site: str, op: str, args: tuple[Any, ...], out: Any) -> None:
-        kind = (tuple(out.shape), out.dtype) if torch.is_tensor(out) else ()
-        found.append(Call(site, op, site.rpartition("/")[0], sources(args), *kind))
+        shape, dtype = (tuple(out.shape), out.dtype) if torch.is_tensor(out) else ((), None)
+        found.append(Call(site, op, site.rpartition("/")[0], sources(args), shape, dtype))
         alive.append(out)
         maker.update((id(t), site) for t in tensors_in(out))
 

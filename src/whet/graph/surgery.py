@@ -21,7 +21,9 @@ from whet.graph import sites
 from whet.graph.ledger import Edit, Grid, ledger
 
 # what an edit raises on a network, or by a description, that it does not fit
-MISFITS = (LookupError, AttributeError, ArithmeticError, RuntimeError, TypeError, ValueError)
+MISFITS = (
+    Refused, LookupError, AttributeError, ArithmeticError, RuntimeError, TypeError, ValueError
+)  # fmt: skip
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -73,7 +75,7 @@ def _put_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
     for module in model.modules():
         for own in (module._parameters, module._buffers):
             for name in [n for n, t in own.items() if t is old]:
-                own[name] = new
+                own[name] = new  # type: ignore[assignment]
                 _correct_sizes(module)
 
 
@@ -148,7 +150,7 @@ def construct(spec: Mapping[str, Any]) -> nn.Module:
     options = {k: v for k, v in options.items() if k not in ("type", "in", "out")}
     if not set(options) <= OPTIONS or min(*sizes, *options.get("kernel_size", ())) < 1:
         raise Damaged("replay an edit", f"a {kind} of {dict(spec)}", "Do not trust the file.")
-    return classes[kind](*sizes, **options)
+    return classes[kind](*sizes, **options)  # type: ignore[arg-type]
 
 
 def elements(spec: Mapping[str, Any]) -> int:
@@ -215,9 +217,11 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
                 raise KeyError(edit["kind"])
         except MISFITS as error:
             raise Damaged(
-                f"replay the edit {edit.get('kind')!r} of {edit.get('path')!r} on {type(model).__name__}",
+                f"replay the edit {edit.get('kind')!r} of {edit.get('path')!r} "
+                f"on {type(model).__name__}",
                 f"it does not fit: {error}",
-                "Give a fresh instance of the class that was compressed, built with the same arguments.",
+                "Give a fresh instance of the class that was compressed, "
+                "built with the same arguments.",
             ) from error
     grids = {site: Grid(**grid) for site, grid in book.get("grids", {}).items()}
     if grids:
@@ -234,16 +238,17 @@ def fold_batchnorm(model: nn.Module, conv_path: str, norm_path: str) -> None:
     The convolution or linear layer takes the scale and shift of the BatchNorm behind it, which
     becomes an identity. Exact in eval mode.
     """
-    conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
-    root = torch.rsqrt(norm.running_var + norm.eps)  # type: ignore[operator]
+    conv: Any = model.get_submodule(conv_path)
+    norm: Any = model.get_submodule(norm_path)
+    root = torch.rsqrt(norm.running_var + norm.eps)
     gamma = norm.weight if norm.weight is not None else torch.ones_like(root)
     beta = norm.bias if norm.bias is not None else torch.zeros_like(root)
     bias = conv.bias if conv.bias is not None else torch.zeros_like(root)
     factor = gamma * root
-    weight = conv.weight * factor.reshape([-1] + [1] * (conv.weight.ndim - 1))  # type: ignore
-    twin = construct(describe(conv) | {"bias": True}).to(conv.weight.dtype)  # type: ignore
-    twin.weight.copy_(weight)  # type: ignore[union-attr]
-    twin.bias.copy_((bias - norm.running_mean) * factor + beta)  # type: ignore[operator, union-attr]
+    weight = conv.weight * factor.reshape([-1] + [1] * (conv.weight.ndim - 1))
+    twin: Any = construct(describe(conv) | {"bias": True}).to(conv.weight)
+    twin.weight.copy_(weight)
+    twin.bias.copy_((bias - norm.running_mean) * factor + beta)
     form = packed.form_of(conv)
     if form is not None:
         packed.install(twin, "weight", _scaled(form, weight))

@@ -38,7 +38,7 @@ class Layer:
 def layers(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Layer]:
     """Every module that holds weights, by path, in order."""
     counts = trace.macs(model, example)
-    found: dict[str, list[tuple[int, int, str]]] = {}
+    found: dict[str, list[tuple[int, int, str, bool]]] = {}
     for name, value in surgery.parameters_of(model):
         path, leaf = surgery.split_name(name)
         form = packed.form_of(model.get_submodule(path), leaf)
@@ -46,17 +46,22 @@ def layers(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Layer]:
         params = value.numel() if support is None else int(support.sum())
         bits = value.numel() * value.element_size() * 8 if form is None else form.bits()
         words = str(value.dtype).removeprefix("torch.") if form is None else form.words()
-        found.setdefault(path, []).append((params, bits, words))
+        found.setdefault(path, []).append((params, bits, words, form is not None))
     return {
         path: Layer(
             parametrize.type_before_parametrizations(model.get_submodule(path)).__name__,
-            sum(p for p, _, _ in parts),
+            sum(part[0] for part in parts),
             counts.get(path, 0),
-            sum(b for _, b, _ in parts) // 8,
-            ", ".join(dict.fromkeys(words for _, _, words in parts)),
+            sum(part[1] for part in parts) // 8,
+            ", ".join(dict.fromkeys(_told(parts))),
         )
         for path, parts in found.items()
     }
+
+
+def _told(parts: list[tuple[int, int, str, bool]]) -> list[str]:
+    """The forms of the packed weights, or of all where none is packed."""
+    return [part[2] for part in parts if part[3]] or [part[2] for part in parts]
 
 
 def totals(model: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:

@@ -38,6 +38,7 @@ from whet.report.table import (
     seconds,
     sentence,
     size,
+    step_name,
     steps,
 )
 
@@ -317,7 +318,7 @@ def _steps(report: Report) -> str:
         f"{_svg(title, draw([number(step.get(key)) for step in found], words))}"
         for title, hint, key, draw, words in panels
     )
-    names = "".join(f"<span>{_breakable(said(step.get('step')))}</span>" for step in found)
+    names = "".join(f"<span>{_breakable(step_name(step))}</span>" for step in found)
     return (
         f'<div class="card"><div class="chart" tabindex="0">'
         f'<div style="min-width:{96 * len(found)}px">\n{"".join(charts)}'
@@ -408,7 +409,7 @@ def _step_table(report: Report) -> str:
 
 def _step_name(step: Mapping[str, Any]) -> str:
     knobs = f"<small>{_safe(plain(step['knobs']))}</small>" if step.get("knobs") else ""
-    return f"<b>{_breakable(said(step.get('step')))}</b>{knobs}"
+    return f"<b>{_breakable(step_name(step))}</b>{knobs}"
 
 
 def _note(note: str, columns: int) -> str:

@@ -394,11 +394,17 @@ def _step_table(report: Report) -> Table:
     table.columns[0].no_wrap = True
     metric = metric_words(report)
     for place, step in enumerate(steps(report)):
-        cells = [said(step.get("step")), metric(step.get("metric"))]
+        cells = [step_name(step), metric(step.get("metric"))]
         cells += [milliseconds(step.get("latency_ms")), size(step.get("bytes"))]
         cells += [seconds(step.get("seconds")), seconds(_overhead(step))] if place else ["", ""]
         table.add_row(*map(_text, cells))
     return table
+
+
+def step_name(step: Mapping[str, Any]) -> str:
+    """The name of a step, which says so where the step was refused."""
+    name = said(step.get("step"))
+    return f"{name} (refused)" if step.get("refused") else name
 
 
 def _overhead(step: Mapping[str, Any]) -> float | None:

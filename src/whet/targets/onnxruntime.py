@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,8 @@ class _Session:
     """An inference session with pinned threads."""
 
     def __init__(self, path: Path, threads: int) -> None:
+        # asked not to send telemetry before it is imported
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         self.ort = require("onnxruntime", "onnxruntime")
         self.path, self.threads = path, threads
         self.session = self._open()

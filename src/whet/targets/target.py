@@ -77,7 +77,9 @@ class Target(ABC):
                 np.save(folder / f"in{k}.npy", array)
             job = {"target": self.name, "do": do, "folder": name, "inputs": len(arrays)} | what
             (folder / "job.json").write_text(json.dumps(job, default=str))
-            command = [sys.executable, "-m", "whet.targets.worker", str(folder / "job.json")]
+            # -P: files of the user's that lie in the current folder are not Python's modules
+            worker = ["-P", "-m", "whet.targets.worker"]
+            command = [sys.executable, *worker, str(folder / "job.json")]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0 or not (folder / "result.json").exists():
                 raise TargetFailed(

@@ -90,9 +90,9 @@ def factorable(module: nn.Module) -> bool:
 def factor(module: nn.Module, rank: int) -> nn.Sequential:
     """The two layers that compute `module` at rank `rank`; a stride goes to the first."""
     spec = surgery.describe(module)
-    first = surgery.construct(spec | {"out": rank, "bias": False})
+    first = surgery.construct(spec | {"out": rank, "bias": False}).to(module.weight)  # type: ignore
     once = {"stride": [1] * len(spec["stride"])} if "stride" in spec else {}
-    second = surgery.construct(spec | once | {"in": rank})
+    second = surgery.construct(spec | once | {"in": rank}).to(module.weight)  # type: ignore
     a, b = truncate(module.weight.detach().flatten(1), rank)  # type: ignore[operator]
     first.weight.copy_(b.reshape(first.weight.shape))  # type: ignore[operator, union-attr]
     second.weight.copy_(a.reshape(second.weight.shape))  # type: ignore[operator, union-attr]

@@ -1,0 +1,250 @@
+"""Every edit leaves a network whose sizes agree, and is written down so that it replays."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from whet import packed
+from whet.errors import Damaged, Refused
+from whet.graph import surgery
+from whet.graph.ledger import Edit, Grid, Ledger, ledger
+from whet.testing import NETWORKS
+
+
+def output(model, example):
+    with torch.no_grad():
+        return model(*example)
+
+
+def test_taking_slices_of_a_parameter():
+    model = nn.Sequential(nn.Linear(4, 6))
+    weight = model[0].weight.detach().clone()
+    model[0].weight.requires_grad_(False)
+    surgery.take(model, "0.weight", 0, [5, 0])
+    surgery.take(model, "0.bias", 0, [5, 0])
+    surgery.take(model, "0.weight", 1, [1, 2, 3])
+    assert torch.equal(model[0].weight, weight[[5, 0]][:, 1:])
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert not model[0].weight.requires_grad
+    assert (model[0].in_features, model[0].out_features) == (3, 2)
+    assert ledger(model).edits[0] == Edit("take", "0.weight", {"dim": 0, "keep": [5, 0]})
+
+
+SIZES = {
+    "linear": (nn.Linear(6, 6), "weight", 0, {"out_features": 4, "in_features": 6}),
+    "conv": (nn.Conv2d(6, 8, 3), "weight", 1, {"in_channels": 4, "out_channels": 8}),
+    "depthwise": (
+        nn.Conv2d(6, 12, 3, groups=6),
+        "weight",
+        0,
+        {"in_channels": 2, "out_channels": 4, "groups": 2},
+    ),
+    "grouped": (
+        nn.Conv2d(6, 6, 3, groups=2),
+        "weight",
+        0,
+        {"in_channels": 6, "out_channels": 4, "groups": 2},
+    ),
+    "transposed": (nn.ConvTranspose2d(6, 8, 3), "weight", 0, {"in_channels": 4}),
+    "batchnorm": (nn.BatchNorm2d(6), "weight", 0, {"num_features": 4}),
+    "bare batchnorm": (nn.BatchNorm1d(6, affine=False), "running_mean", 0, {"num_features": 4}),
+    "prelu": (nn.PReLU(6), "weight", 0, {"num_parameters": 4}),
+    "embedding": (nn.Embedding(3, 6), "weight", 1, {"embedding_dim": 4, "num_embeddings": 3}),
+}
+KEPT = {"depthwise": [2, 3, 8, 9], "grouped": [0, 2, 3, 5]}
+
+
+@pytest.mark.parametrize(("module", "name", "dim", "sizes"), SIZES.values(), ids=SIZES.keys())
+def test_stated_sizes_follow_the_tensors(request, module, name, dim, sizes):
+    keep = KEPT.get(request.node.callspec.id, [0, 1, 3, 4])
+    model = nn.Sequential(copy.deepcopy(module))
+    surgery.take(model, f"0.{name}", dim, keep)
+    assert {key: getattr(model[0], key) for key in sizes} == sizes
+
+
+def test_tied_weights_are_cut_together_and_stay_tied():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(4, 6), nn.Embedding(6, 4))
+    model[1].weight = model[2].weight = model[0].weight
+    surgery.take(model, "2.weight", 0, [0, 3])
+    assert model[0].weight is model[1].weight is model[2].weight
+    assert (model[0].out_features, model[1].out_features, model[2].num_embeddings) == (2, 2, 2)
+
+
+def test_packed_weights_are_cut_in_place():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3))
+    mask = torch.rand(4, 3, 3, 3) < 0.5
+    packed.rewrite(model[0], "weight", lambda w: packed.Sparse(packed.Dense(w), mask))
+    expected = model[0].weight[[1, 3]]
+    surgery.take(model, "0.weight", 0, [1, 3])
+    assert torch.equal(model[0].weight, expected)
+    assert torch.equal(packed.form_of(model[0]).support(), mask[[1, 3]])
+    assert model[0].out_channels == 2
+
+
+PLACEABLE = {
+    "linear": nn.Linear(3, 5, bias=False),
+    "conv1d": nn.Conv1d(4, 6, 3, stride=2, padding=1, groups=2),
+    "conv2d": nn.Conv2d(3, 6, (3, 5), padding="same", dilation=2),
+    "conv3d": nn.Conv3d(2, 2, 2, padding=(1, 0, 1), padding_mode="circular"),
+    "identity": nn.Identity(),
+    "two": nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 5)),
+}
+
+
+@pytest.mark.parametrize("module", PLACEABLE.values(), ids=PLACEABLE.keys())
+def test_a_module_is_rebuilt_from_its_description(module):
+    spec = json.loads(json.dumps(surgery.describe(module)))
+    twin = surgery.construct(spec)
+    assert repr(twin) == repr(module)
+    twin.load_state_dict(module.state_dict())
+    assert surgery.describe(twin) == spec
+
+
+def test_a_packed_module_is_described_as_what_it_was():
+    module = nn.Linear(3, 5)
+    plain = surgery.describe(module)
+    packed.install(module, "weight", packed.Dense(module.weight))
+    assert surgery.describe(module) == plain
+    assert surgery.plain(module)
+
+
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ({"type": "Upsample"}, "replay an edit: it places a 'Upsample'. "),
+        ({"type": "conv2d", "in": 1, "out": 1}, "Did you mean Conv2d"),
+        ({"type": "Linear", "in": 0, "out": 3}, "Do not trust the file"),
+        ({"type": "Conv2d", "in": 1, "out": 1, "kernel_size": [0, 3]}, "Do not trust the file"),
+        ({"type": "Linear", "in": 1, "out": 1, "device": "cuda"}, "Do not trust the file"),
+    ],
+)
+def test_what_surgery_never_wrote_is_damage(spec, text):
+    with pytest.raises(Damaged, match=text):
+        surgery.construct(spec)
+
+
+def test_other_modules_are_not_placed():
+    with pytest.raises(TypeError, match="surgery does not place modules of type Upsample"):
+        surgery.replace(nn.Sequential(nn.ReLU()), "0", nn.Upsample(2))
+
+
+def test_replacing_keeps_the_mode_and_is_written_down():
+    model = nn.Sequential(nn.Sequential(nn.ReLU(), nn.Linear(3, 3))).train()
+    surgery.replace(model, "0.1", nn.Linear(3, 4).eval())
+    assert model[0][1].training
+    assert model[0][1].out_features == 4
+    assert [(e.kind, e.path) for e in ledger(model).edits] == [("replace", "0.1")]
+
+
+def test_a_module_in_two_places_is_replaced_in_both():
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.ReLU(), nn.Sequential(shared))
+    surgery.replace(model, "2.0", nn.Identity())
+    assert model[0] is model[2][0]
+    assert isinstance(model[0], nn.Identity)
+
+
+def test_the_network_itself_cannot_be_replaced():
+    model = nn.Linear(3, 3)
+    text = r"replace Linear by another module: it is the whole network\. Wrap it: torch\.nn\."
+    with pytest.raises(Refused, match=text):
+        surgery.replace(model, "", nn.Identity())
+    assert ledger(model).edits == []
+
+
+def edited(model):
+    """One edit of each kind, a grid and a constant."""
+    surgery.take(model, "0.weight", 0, list(range(8)))
+    surgery.take(model, "0.bias", 0, list(range(8)))
+    surgery.take(model, "3.weight", 1, list(range(8)))
+    surgery.replace(model, "7", nn.Sequential(nn.Linear(64, 2, bias=False), nn.Linear(2, 32)))
+    surgery.replace(model, "8", nn.Identity())
+    surgery.set_grids(model, {"9/linear:0": Grid(0.25, 8, 0, 15)})
+    surgery.set_constant(model, "2/max_pool2d:0", "ceil_mode@9", True)
+    return model
+
+
+def test_a_book_replays_through_json_bit_for_bit():
+    model, example = NETWORKS["flatten_cnn"]()
+    fresh, _ = NETWORKS["flatten_cnn"]()
+    edited(model)
+    book = json.loads(json.dumps(surgery.structure(model)))
+    surgery.replay(fresh, book)
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(output(fresh, example), output(model, example))
+    assert surgery.structure(fresh) == surgery.structure(model)
+    again, _ = NETWORKS["flatten_cnn"]()
+    surgery.replay(again, json.loads(json.dumps(surgery.structure(fresh))))
+    assert ledger(again).spec() == ledger(model).spec()
+
+
+def test_an_empty_book_leaves_a_network_alone():
+    model, example = NETWORKS["flatten_cnn"]()
+    expected = output(model, example)
+    surgery.replay(model, Ledger().spec())
+    assert torch.equal(output(model, example), expected)
+    assert "forward" not in model.__dict__
+
+
+WRONG = {
+    "unknown kind": Edit("delete", "0", {}),
+    "no such module": Edit("take", "99.weight", {"dim": 0, "keep": [0]}),
+    "no such tensor": Edit("take", "0.wait", {"dim": 0, "keep": [0]}),
+    "no such slice": Edit("take", "0.weight", {"dim": 0, "keep": [99]}),
+    "no such dimension": Edit("take", "0.weight", {"dim": 7, "keep": [0]}),
+    "nothing to keep": Edit("take", "0.weight", {"dim": 0}),
+    "no such place": Edit("replace", "0.1.2", {"type": "Identity"}),
+}
+
+
+@pytest.mark.parametrize("edit", WRONG.values(), ids=WRONG.keys())
+def test_a_book_of_another_network_is_damage(edit):
+    model, _ = NETWORKS["flatten_cnn"]()
+    text = (
+        f"replay the edit '{edit.kind}' of '{edit.path}' on Sequential: it does not fit: .*Give a"
+    )
+    with pytest.raises(Damaged, match=text):
+        surgery.replay(model, Ledger([edit]).spec())
+
+
+def test_a_book_that_places_far_too_much_is_damage():
+    model, _ = NETWORKS["flatten_cnn"]()
+    huge = Edit("replace", "0", surgery.describe(nn.Linear(1, 1)) | {"in": 2**20, "out": 2**20})
+    with pytest.raises(Damaged, match="far more weights than the network has"):
+        surgery.replay(model, Ledger([huge]).spec())
+
+
+def test_a_ledger_travels_with_copies():
+    model = edited(NETWORKS["flatten_cnn"]()[0])
+    twin = copy.deepcopy(model)
+    assert ledger(twin).spec() == ledger(model).spec()
+    surgery.replace(twin, "9", nn.Identity())
+    assert len(ledger(model).edits) == len(ledger(twin).edits) - 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_is_listed_once(name):
+    model, _ = NETWORKS[name]()
+    expected = dict(model.named_parameters())
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            packed.rewrite(module, "weight", packed.Dense)
+    listed = list(surgery.parameters_of(model))
+    assert sorted(n for n, _ in listed) == sorted(expected)
+    assert all(torch.equal(value, expected[n]) for n, value in listed)
+
+
+def test_a_tied_weight_is_listed_under_one_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    assert [n for n, _ in surgery.parameters_of(model)] == ["0.weight", "0.bias", "1.bias"]
+
+
+def test_the_structure_names_forms_and_shapes():
+    model = nn.Sequential(nn.Linear(3, 4))
+    packed.install(model[0], "weight", packed.Dense(model[0].weight))
+    forms = surgery.structure(model)["forms"]
+    assert forms == {"0.weight": {"spec": {"form": "Dense"}, "shape": [4, 3]}}

@@ -1,0 +1,259 @@
+"""Both runtimes run on integers what was put on integers, and failures name their cause."""
+
+import copy
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, numpy_helper
+from torch import nn
+
+from whet import catalog, packed
+from whet.errors import TargetFailed
+from whet.measure.latency import Variant, time_together
+from whet.optional import installed
+from whet.recipe import Recipe
+from whet.targets import target as protocol
+from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.target import Target
+from whet.technique import Work
+from whet.testing import tiny_task
+
+NETS = ["residual_cnn", "concat_cnn", "flatten_cnn"]
+HERE = [
+    pytest.param(
+        name, marks=pytest.mark.skipif(not installed(name), reason=f"{name} is not installed")
+    )
+    for name in ("onnxruntime", "openvino")
+]
+
+
+@pytest.fixture(scope="module", params=HERE)
+def target(request: pytest.FixtureRequest) -> Target:
+    return catalog.target(request.param)
+
+
+def quantized(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+    task = tiny_task(name)
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    for step in Recipe.parse("steps: [StaticInt8: {examples: 32}]").steps:
+        step.apply(work)
+    return work.model.eval(), task.example
+
+
+@pytest.fixture(scope="module")
+def nets() -> dict[str, tuple[nn.Module, Deployable, Deployable]]:
+    """(int8 network, its file, the float file) of each tiny network."""
+    found = {}
+    for name in NETS:
+        model, example = quantized(name)
+        float_net = Deployable(tiny_task(name).model, example)
+        found[name] = (model, Deployable(model, example), float_net)
+    return found
+
+
+Nets = dict[str, tuple[nn.Module, Deployable, Deployable]]
+
+
+def ran(target: Target, net: Deployable, folder: Path) -> Any:
+    file = target.lower(net, folder, "net")
+    return target.job(
+        "run", as_arrays(net.example), file=str(file), threads=1, precision="f32",
+        batch=len(net.example[0]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_float_file_agrees_with_torch(target: Target, nets: Nets, name: str, tmp_path: Path):
+    net = nets[name][2]
+    result = ran(target, net, tmp_path)
+    with torch.no_grad():
+        want = tiny_task(name).model(*net.example)
+    np.testing.assert_allclose(result.outputs[0], want.numpy(), rtol=1e-4, atol=1e-4)
+    assert target.integer_layers(result.said["kernels"]) == 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_quantized_layer_runs_on_integers(
+    target: Target, nets: Nets, name: str, tmp_path: Path
+):
+    model, net, _ = nets[name]
+    result = ran(target, net, tmp_path)
+    layers = sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
+    assert net.quantized == layers
+    kernels = result.said["kernels"]
+    # the last layer's output is float: a runtime may compute it so; and OpenVINO makes of two
+    # linear layers in a row one subgraph, whose kernels it does not tell
+    floats = 2 if (target.name, name) == ("openvino", "flatten_cnn") else 1
+    assert layers - floats <= target.integer_layers(kernels) <= layers, kernels
+    with torch.no_grad():
+        want = model(*net.example).numpy()
+    assert np.abs(result.outputs[0] - want).max() < 0.15 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_weights_are_stored_as_int8(nets: Nets, name: str, tmp_path: Path):
+    model, net, float_net = nets[name]
+    net.write(tmp_path / "q.onnx")
+    float_net.write(tmp_path / "f.onnx")
+    proto = onnx.load(str(tmp_path / "q.onnx"))
+    stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+    wide = [a for a in stored.values() if a.dtype in (np.float32, np.float64) and a.ndim > 1]
+    assert not wide, "a float weight is left"
+    codes = Counter(a.size for a in stored.values() if a.dtype == np.int8 and a.ndim > 1)
+    forms = [form.dense().numel() for _, _, form in packed.forms(model)]
+    assert codes == Counter(forms)
+    assert all(np.abs(a.astype(int)).max() <= 127 for a in stored.values() if a.dtype == np.int8)
+    assert (tmp_path / "q.onnx").stat().st_size < 0.5 * (tmp_path / "f.onnx").stat().st_size
+
+
+@pytest.mark.parametrize(("name", "kind"), [("residual_cnn", "Add"), ("concat_cnn", "Concat")])
+def test_adds_and_concatenations_are_on_grids(nets: Nets, name: str, kind: str):
+    graph = nets[name][1].proto.graph
+    maker = {out: node for node in graph.node for out in node.output}
+    joints = [node for node in graph.node if node.op_type == kind]
+    assert joints
+    for node in joints:
+        kinds = {maker[source].op_type for source in node.input if source in maker}
+        assert kinds == {"DequantizeLinear"}
+
+
+def test_onnx_files_hold_nothing_that_no_runtime_reads(nets: Nets):
+    for _, *both in nets.values():
+        for net in both:
+            proto = net.proto
+            onnx.checker.check_model(proto, full_check=True)
+            assert proto.producer_name == "whet"
+            assert not proto.doc_string
+            assert not proto.metadata_props
+            assert not proto.functions
+            assert not proto.graph.doc_string
+            assert not proto.graph.metadata_props
+            assert not proto.graph.value_info
+            assert [o.domain for o in proto.opset_import] == [""]
+            for node in proto.graph.node:
+                assert not node.doc_string
+                assert not node.metadata_props
+            for tensor in proto.graph.initializer:
+                assert not tensor.doc_string
+                assert tensor.data_location == TensorProto.DEFAULT
+            used = {name for node in proto.graph.node for name in node.input}
+            assert {i.name for i in proto.graph.initializer} <= used
+
+
+def test_same_network_same_bytes(nets: Nets, tmp_path: Path):
+    model, net, _ = nets["residual_cnn"]
+    net.write(tmp_path / "a")
+    Deployable(copy.deepcopy(model), net.example).write(tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_memory_timing_and_layers(target: Target, nets: Nets, tmp_path: Path):
+    _, net, float_net = nets["flatten_cnn"]
+    files = [target.lower(n, tmp_path, s) for n, s in ((net, "a"), (float_net, "b"))]
+    assert ran(target, net, tmp_path).said["memory_mb"] > 0
+    variants = [Variant("int8", files[0]), Variant("float", files[1])]
+    times = time_together(target, variants, as_arrays(net.example), threads=1, rounds=5, calls=2)
+    assert list(times) == ["int8", "float"]
+    for each in times.values():
+        assert each.rounds.shape == (5,)
+        assert each.calls.shape == (10,)
+        assert (each.calls > 0).all()
+    assert target.integer_layers(times["int8"].kernels) > 0
+    assert target.integer_layers(times["float"].kernels) == 0
+    said = target.job(
+        "layers", as_arrays(net.example), file=str(files[1]), threads=1, precision="f32", rounds=3
+    ).said["milliseconds"]
+    named = {"0", "3", "7", "9"} if target.name == "onnxruntime" else {"0", "3", "9"}
+    assert {float_net.owner(name) for name in said} - {None} == named
+
+
+def test_last_batch_is_filled_up_and_cut(target: Target, nets: Nets, tmp_path: Path):
+    net = nets["flatten_cnn"][2]
+    file = target.lower(net, tmp_path, "net")
+    rows = np.random.default_rng(0).standard_normal((5, 3, 8, 8), dtype=np.float32)
+    got = target.job("run", [rows], file=str(file), threads=1, precision="f32", batch=2).outputs[0]
+    with torch.no_grad():
+        want = tiny_task("flatten_cnn").model(torch.from_numpy(rows)).numpy()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "float64", "bool"])
+def test_inputs_of_any_type(target: Target, dtype: str, tmp_path: Path):
+    class Cast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float() * 2
+
+    x = torch.tensor([[0, 1, 1]]).to(getattr(torch, dtype))
+    got = ran(target, Deployable(Cast().eval(), (x,)), tmp_path).outputs[0]
+    assert got.tolist() == [[0, 2, 2]]
+
+
+# -- failures -----------------------------------------------------------------------------------
+
+
+def test_a_file_that_the_runtime_refuses(target: Target, tmp_path: Path):
+    file = tmp_path / "broken.onnx"
+    file.write_bytes(b"not a model")
+    words = rf"run with {target.name}: \S.*\. Try another --target"
+    with pytest.raises(TargetFailed, match=words):
+        target.job("run", [np.ones((1, 3))], file=str(file), threads=1, precision="f32", batch=1)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", r"killed .* \(SIGKILL\)"),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"killed .* \(SIGSEGV\)"),
+        ("import os; os.abort()", r"killed .* \(SIGABRT\)"),
+        ("raise MemoryError('too big')", "MemoryError: too big"),
+        ("raise SystemExit(7)", "it exited with 7 and said nothing"),
+        ("pass", "it exited with 0 and said nothing"),
+    ],
+)
+def test_a_worker_that_dies_is_named(
+    code: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real: Callable[..., Any] = protocol.subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        return real([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr(protocol.subprocess, "run", run)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(TargetFailed, match=f"time with onnxruntime: .*{words}"):
+        catalog.target("onnxruntime").job("time")
+    assert not os.listdir(tmp_path)
+
+
+def test_files_in_the_current_folder_are_not_imported(
+    target: Target, nets: Nets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("numpy", "onnxruntime", "openvino", "whet", "queue"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the file of the user')")
+    monkeypatch.chdir(tmp_path)
+    assert ran(target, nets["flatten_cnn"][2], tmp_path).outputs
+
+
+def test_workers_leave_no_files(
+    target: Target, nets: Nets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    net = nets["flatten_cnn"][2]
+    ran(target, net, tmp_path)
+    target.job(
+        "layers", as_arrays(net.example), file=str(tmp_path / "net.onnx"), threads=1,
+        precision="f32", rounds=2,
+    )  # fmt: skip
+    assert not os.listdir(scratch)

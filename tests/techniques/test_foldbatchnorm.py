@@ -1,0 +1,75 @@
+"""FoldBatchNorm is exact, says what it leaves, and has nothing to do the second time."""
+
+import pytest
+import torch
+from torch import nn
+
+from whet import packed
+from whet.graph.ledger import Grid
+from whet.techniques.fuse.foldbatchnorm import FoldBatchNorm
+from whet.techniques.prune.magnitude import Magnitude
+from whet.testing import tiny_task
+
+NORMED = (
+    "plain_cnn",
+    "residual_cnn",
+    "padded_residual_cnn",
+    "depthwise_cnn",
+    "grouped_cnn",
+    "concat_cnn",
+)
+
+
+def outputs(model, task):
+    with torch.no_grad():
+        return torch.cat([model.eval()(x) for x, _ in task.validation])
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_outputs_stay_and_norms_go(apply, name):
+    task = tiny_task(name)
+    work = apply(task, FoldBatchNorm())
+    before = [m for m in task.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    after = [m for m in work.model.modules() if isinstance(m, nn.BatchNorm2d)]
+    torch.testing.assert_close(
+        outputs(work.model, task), outputs(task.model, task), rtol=1e-5, atol=1e-5
+    )
+    assert work.notes[-1] == f"folded {len(before) - len(after)} BatchNorms."
+    assert len(after) < len(before)
+    assert all("stays: its input does not come from" in note for note in work.notes[:-1])
+    assert len(work.notes) - 1 == len(after) == (2 if name == "concat_cnn" else 0)
+
+
+def test_the_folded_layers_have_a_bias_and_train(apply):
+    work = apply(tiny_task("plain_cnn"), FoldBatchNorm())
+    convs = [m for m in work.model.modules() if isinstance(m, nn.Conv2d)]
+    assert all(c.bias is not None and c.weight.requires_grad for c in convs)
+
+
+@pytest.mark.parametrize("name", ["flatten_cnn", "rnn", "transformer"])
+def test_a_network_without_norms_is_refused(refuses, name):
+    text = "FoldBatchNorm: no BatchNorm follows a layer it could fold into. Drop it."
+    refuses(tiny_task(name), FoldBatchNorm(), text)
+
+
+def test_the_second_time_is_refused(refuses):
+    text = "FoldBatchNorm: no BatchNorm follows a layer it could fold into."
+    refuses(tiny_task("plain_cnn"), FoldBatchNorm(), text, FoldBatchNorm())
+
+
+def test_masks_made_before_stay(apply):
+    task = tiny_task("plain_cnn")
+    pruned = apply(task, Magnitude())
+    work = apply(task, Magnitude(), FoldBatchNorm())
+    torch.testing.assert_close(
+        outputs(work.model, task), outputs(pruned.model, task), rtol=1e-5, atol=1e-5
+    )
+    for (path, _, old), (also, _, new) in zip(
+        packed.forms(pruned.model), packed.forms(work.model), strict=True
+    ):
+        assert path == also
+        assert torch.equal(old.support(), new.support())
+
+
+def test_it_must_come_before_grids():
+    assert {packed.Affine, Grid} <= FoldBatchNorm.spoils

@@ -1,0 +1,295 @@
+"""StaticInt8 puts every weight and every value that integers read on an 8-bit grid."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import nn
+
+from whet import numerics, packed
+from whet.graph import sites, surgery
+from whet.graph.ledger import Grid, ledger
+from whet.graph.trace import baked, export
+from whet.technique import Need, weights
+from whet.techniques.factorize.svd import Svd
+from whet.techniques.prune.l1filters import L1Filters
+from whet.techniques.prune.magnitude import Magnitude
+from whet.techniques.quantize import staticint8
+from whet.techniques.quantize.staticint8 import StaticInt8, placement
+from whet.testing import NETWORKS, tiny_task
+
+
+def outputs(model, task):
+    with torch.no_grad():
+        return torch.cat([model.eval()(x) for x, _ in task.validation])
+
+
+def quantized_layers(model):
+    return [(path, m, packed.form_of(m)) for path, m in weights(model)]
+
+
+@pytest.mark.parametrize("bits", [8, 7, 4, 2])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_weight_is_within_half_a_step(apply, name, bits):
+    model = apply(tiny_task(name), StaticInt8(weight_bits=bits, examples=4)).model
+    for path, module, form in quantized_layers(model):
+        assert isinstance(form, packed.Affine), path
+        assert (form.bits_wide, form.symmetric, form.axis) == (bits, True, 0)
+        latent = form.inner.dense().detach()
+        step = numerics.along(form.scale.detach(), latent.ndim, 0)
+        assert bool(((module.weight - latent).abs() <= step / 2 * (1 + 1e-4)).all()), path
+        top = latent.abs().flatten(1).amax(1)
+        torch.testing.assert_close(form.scale.detach(), top / (2 ** (bits - 1) - 1))
+        torch.testing.assert_close(module.weight.abs().flatten(1).amax(1), top)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_searched_weight_ranges_are_never_worse(apply, bits):
+    task = tiny_task("plain_cnn")
+    errors = {}
+    for ranges in ("minmax", "mse"):
+        technique = StaticInt8(weight_bits=bits, weight_ranges=ranges, examples=4)
+        errors[ranges] = [
+            (m.weight - form.inner.dense()).square().flatten(1).sum(1).detach()
+            for _, m, form in quantized_layers(apply(task, technique).model)
+        ]
+    for plain, searched in zip(errors["minmax"], errors["mse"], strict=True):
+        assert bool((searched <= plain * (1 + 1e-5)).all())
+    if bits == 4:
+        assert sum(map(torch.sum, errors["mse"])) < 0.95 * sum(map(torch.sum, errors["minmax"]))
+
+
+def reads(model, example):
+    """(site, tensor) of everything that a layer, an add or a concatenation of floats reads."""
+    found = []
+
+    def show(site, op, args, out):
+        if op in staticint8.INTEGER:
+            given = args[0] if op == "cat" else args[:2] if op == "add" else args[:1]
+            found.extend((site, t) for t in given if torch.is_tensor(t) and t.is_floating_point())
+
+    with torch.no_grad():
+        sites.observed(model, example, show)
+    return found
+
+
+def codes_of(values, grids):
+    """The codes of `values` on one of the grids they may be on; None where on none."""
+    for grid in grids:
+        codes = values / grid.scale + grid.zero_point
+        inside = float(codes.min()) > -0.01 and float(codes.max()) < 255.01
+        if inside and bool(((codes - codes.round()).abs() < 1e-3).all()):
+            return codes
+    return None
+
+
+# computed by operations that no runtime does on integers, so that they have no grid of their own
+FLOATING = {"rnn": {"hidden/linear:0"}, "transformer": set()}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_whatever_an_integer_operation_reads_is_on_a_grid(apply, name):
+    task = tiny_task(name)
+    model = apply(task, StaticInt8(examples=16)).model
+    grids = set(ledger(model).grids.values())
+    parameters = {p.data_ptr() for p in model.parameters()}
+    for site, value in reads(model, task.example):
+        if value.data_ptr() in parameters or site in FLOATING.get(name, ()):
+            continue
+        assert codes_of(value, grids) is not None, site
+
+
+def test_residual_adds_and_concatenations_have_grids(apply):
+    model = apply(tiny_task("residual_cnn"), StaticInt8()).model
+    # the add is merged with the ReLU behind it, whose value the next layers read
+    assert {"3/relu:1", "4/relu:1", "5/relu:1", "6/relu:1", "3.conv2/conv2d:0"} <= set(
+        ledger(model).grids
+    )
+    model = apply(tiny_task("depthwise_cnn"), StaticInt8()).model
+    assert "9/add:0" in ledger(model).grids
+    model = apply(tiny_task("concat_cnn"), StaticInt8()).model
+    assert {"3/cat:0", "3/cat:1", "4/cat:0"} <= set(ledger(model).grids)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_values_are_not_rounded_twice_where_they_only_move(apply, name):
+    """A move has its source's own grid, so taking all grids of moves away changes nothing."""
+    task = tiny_task(name)
+    model = apply(task, StaticInt8(examples=16)).model
+    grids = ledger(model).grids
+    moved = 0
+    for call in sites.calls(model, task.example):
+        if call.op in staticint8.MOVES and call.site in grids:
+            assert grids[call.site] == grids[call.sources[0]], call.site
+            moved += 1
+    assert moved or name in ("residual_cnn", "rnn", "transformer", "depthwise_cnn", "grouped_cnn")
+    bare = copy.deepcopy(model)
+    for site in list(ledger(bare).grids):
+        if site.rpartition("/")[2].partition(":")[0] in staticint8.MOVES:
+            del ledger(bare).grids[site]
+    assert torch.equal(outputs(bare, task), outputs(model, task))
+
+
+def test_where_grids_are_put():
+    def call(site, op, *sources, dtype=torch.float32):
+        return sites.Call(site, op, site.rpartition("/")[0], sources, (1,), dtype)
+
+    network = [
+        call("input:0", "input"),
+        call("a/conv2d:0", "conv2d", "input:0"),
+        call("relu:0", "relu", "a/conv2d:0"),  # merged: the grid stands here
+        call("pool:0", "max_pool2d", "relu:0"),  # moves
+        call("b/conv2d:0", "conv2d", "pool:0"),  # read by the add itself and a sigmoid
+        call("sigmoid:0", "sigmoid", "b/conv2d:0"),  # read by nothing on integers
+        call("add:0", "add", "b/conv2d:0", "pool:0"),
+        call("getitem:0", "getitem", "add:0"),
+        call("flatten:0", "flatten", "getitem:0"),
+        call("c/linear:0", "linear", "flatten:0"),
+        call("softmax:0", "softmax", "c/linear:0"),
+        call("index:0", "add", "input:0", dtype=torch.int64),
+        call("d/linear:0", "linear", "index:0"),
+        sites.Call("output", "output", "", ("softmax:0", "d/linear:0")),
+    ]
+    assert placement(network) == {
+        "input:0": "input:0",
+        "relu:0": "relu:0",
+        "pool:0": "relu:0",
+        "b/conv2d:0": "b/conv2d:0",
+        "add:0": "add:0",
+        "getitem:0": "add:0",
+        "flatten:0": "add:0",
+    }
+    assert "input:0" in placement(network, skip=("a",))  # the second add reads it
+    assert "flatten:0" not in placement(network, skip=("c",))
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_stay_close_at_8_bits(apply, name, ranges):
+    task = tiny_task(name)
+    work = apply(task, StaticInt8(ranges=ranges))
+    expected, got = outputs(task.model, task), outputs(work.model, task)
+    error = float((got - expected).norm() / expected.norm())
+    assert 0 < error < 0.05
+
+
+def test_exact_extremes_with_minmax(apply):
+    task = tiny_task("plain_cnn")
+    grid = ledger(apply(task, StaticInt8(ranges="minmax")).model).grids["input:0"]
+    values = torch.cat([x for x, _ in task.calibration])
+    scale, zero = numerics.affine_scale(float(values.min()), float(values.max()), 8)
+    assert grid == Grid(scale, zero, 0, 255)
+
+
+def test_it_sees_only_so_many_examples(apply):
+    task = tiny_task("plain_cnn")
+    grids = {
+        count: ledger(apply(task, StaticInt8(ranges="minmax", examples=count)).model).grids
+        for count in (4, 32, 512)
+    }
+    assert grids[4] != grids[32]
+    assert grids[32] == grids[512]
+
+
+@pytest.mark.parametrize("name", ["plain_cnn", "residual_cnn", "depthwise_cnn", "transformer"])
+def test_zeros_of_a_mask_stay_zero(apply, name):
+    task = tiny_task(name)
+    pruned = dict(weights(apply(task, Magnitude(amount=0.7)).model))
+    model = apply(task, Magnitude(amount=0.7), StaticInt8(examples=8)).model
+    for path, module, form in quantized_layers(model):
+        assert packed.kinds(form) == {packed.Sparse, packed.Affine, packed.Dense}
+        assert torch.equal(form.support(), pruned[path].weight != 0)
+        assert not bool(module.weight[~form.support()].any())
+
+
+def test_it_follows_cuts_and_factors(apply):
+    task = tiny_task("padded_residual_cnn")
+    cut = apply(task, L1Filters(amount=0.25, multiple_of=2), Svd(energy=0.5))
+    model = apply(task, L1Filters(amount=0.25, multiple_of=2), Svd(energy=0.5), StaticInt8()).model
+    with torch.no_grad():
+        for inputs, _ in task.calibration:
+            expected = cut.model(inputs)
+            assert float((model(inputs) - expected).norm() / expected.norm()) < 0.05
+    fresh = copy.deepcopy(task.model)
+    surgery.replay(fresh, surgery.structure(model))
+    for path, _, form in packed.forms(model):
+        packed.install(fresh.get_submodule(path), "weight", copy.deepcopy(form))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(fresh, task), outputs(model, task))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_exported_graph_computes_the_same(apply, name):
+    task = tiny_task(name)
+    model = apply(task, StaticInt8(examples=8)).model
+    program = export(baked(model)[0], task.example)
+    grids = [n for n in program.graph.nodes if "fake_quantize" in str(n.target)]
+    assert len(grids) == len(ledger(model).grids)
+    with torch.no_grad():
+        assert torch.equal(program.module()(*task.example), model(*task.example))
+
+
+def test_norms_are_folded_first(apply):
+    work = apply(tiny_task("plain_cnn"), StaticInt8())
+    assert "folded 3 BatchNorms first." in work.notes
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in work.model.modules())
+    assert (
+        work.notes[-1]
+        == f"4 layers and {len(ledger(work.model).grids)} activations on 8-bit grids."
+    )
+
+
+def test_skipped_layers_stay_float(apply):
+    task = tiny_task("flatten_cnn")
+    model = apply(task, StaticInt8(skip=("0", "9"))).model
+    assert [path for path, _, form in quantized_layers(model) if form is None] == ["0", "9"]
+    assert "input:0" not in ledger(model).grids
+    assert "8/relu:0" not in ledger(model).grids
+    assert "2/max_pool2d:0" in ledger(model).grids
+
+
+def test_it_trains_afterwards(apply):
+    """Quantization-aware training: the gradient reaches the latent weights through both grids."""
+    task = tiny_task("plain_cnn")
+    model = apply(task, StaticInt8()).model.train()
+    inputs, labels = task.train[0]
+    F.cross_entropy(model(inputs), labels).backward()
+    for _, _, form in quantized_layers(model):
+        assert bool(form.inner.value.grad.any())
+
+
+def test_the_parent_is_untouched_and_twice_is_the_same(apply):
+    task = tiny_task("residual_cnn")
+    before = copy.deepcopy(task.model.state_dict())
+    one, two = (apply(task, StaticInt8()).model for _ in range(2))
+    assert all(torch.equal(v, task.model.state_dict()[k]) for k, v in before.items())
+    assert surgery.structure(one) == surgery.structure(two)
+    assert torch.equal(outputs(one, task), outputs(two, task))
+
+
+def test_a_network_without_layers_is_refused(refuses):
+    text = "StaticInt8: no linear or convolutional layer is left to quantize. Drop it."
+    refuses(tiny_task("plain_cnn"), StaticInt8(skip=("*",)), text)
+
+
+def test_what_it_needs_and_makes():
+    assert StaticInt8.needs == {Need.STATISTICS}
+    assert StaticInt8.makes == {packed.Affine, Grid} == StaticInt8.spoils
+
+
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"ranges": "best"},
+        {"percentile": 0.5},
+        {"percentile": 1.1},
+        {"weight_bits": 1},
+        {"weight_bits": 9},
+        {"examples": 0},
+    ],
+)
+def test_absurd_knobs_are_refused(knobs):
+    with pytest.raises(ValidationError):
+        StaticInt8(**knobs)
