@@ -1,6 +1,6 @@
 """How long tracing and coupling take, and that this grows linearly with the layers.
 
-    python benchmarks/coupling.py 20 56 110 218
+python benchmarks/coupling.py 20 56 110 218
 """
 
 from __future__ import annotations

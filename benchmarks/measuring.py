@@ -79,7 +79,8 @@ def lower(target: Target, model: nn.Module, task: Task, folder: Path, stem: str)
 
 def table(found: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    head = "| | top-1 % | drop pp | bytes | bytes ratio | ms (median) | spread | time ratio [95 %] | int8 layers |"
+    head = "| | top-1 % | drop pp | bytes | bytes ratio | ms (median) | spread "
+    head += "| time ratio [95 %] | int8 layers |"
     lines = [head, "|---|---|---|---|---|---|---|---|---|"]
     first = found[0]
     for row in found:

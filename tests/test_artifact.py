@@ -264,6 +264,13 @@ def test_a_million_tensors_are_refused_at_once():
     refuses(sealed(header | {"sections": [0] * (10**6 + 1)}, body), "too many tensors")
 
 
+@pytest.mark.parametrize("shape", [[0, 2**63], [2**40, 0, 2**40], [0] * 17, [0, 10**30]])
+def test_tensors_without_values_and_with_monstrous_shapes(shape: list[int]):
+    header, body = opened(DATA)
+    header["sections"].append(["empty", len(body), 0, "float32", shape, 32, "raw", 0])
+    refuses(sealed(header, body), "the entry of the tensor 'empty' does not fit the file")
+
+
 def test_two_tensors_of_one_name():
     header, body = opened(DATA)
     header["sections"][-1][NAME] = header["sections"][-2][NAME]

@@ -246,8 +246,9 @@ def test_runtime_that_is_not_installed(bad: Callable[..., None], monkeypatch: py
 def test_goal_that_nothing_can_measure(bad: Callable[..., None], here: Path):
     make = "whet.Task(task().model, task().example)"
     (here / "u.py").write_text(f"{TASK}\ndef bad():\n    return {make}\n")
+    (here / "m.yaml").write_text("steps: [Magnitude]")
     bad(
-        "compress", "u.py:bad", "--drop", "1pp",
+        "compress", "u.py:bad", "-r", "m.yaml", "--drop", "1pp",
         found="judge the goal drop 1pp: the task has neither test nor validation batches",
     )  # fmt: skip
 

@@ -292,7 +292,7 @@ def test_nested_values():
     assert as_arguments([a, b]) == (a, b)
 
 
-@pytest.mark.parametrize("examples", [0, 1, 4, 5, 8, 100, None])
+@pytest.mark.parametrize("examples", [0, 1, 3, 4, 5, 7, 8, 100, None])
 def test_limited_gives_exactly_so_many_examples(examples):
     data = [(torch.arange(k, k + 4)[:, None], torch.arange(k, k + 4)) for k in (0, 4, 8)]
     got = list(limited(data, examples))

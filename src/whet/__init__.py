@@ -26,7 +26,7 @@ __all__ = [*sorted(_HOMES), "__version__"]
 if TYPE_CHECKING:
     from whet.artifact import load as load
     from whet.artifact import save as save
-    from whet.catalog import technique as step
+    from whet.catalog import technique as step  # noqa: F401
     from whet.errors import WhetError as WhetError
     from whet.recipe import Recipe as Recipe
     from whet.runner import Result as Result

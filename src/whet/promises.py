@@ -59,9 +59,9 @@ def check(before: Promises, model: nn.Module, example: tuple[Any, ...], step: st
         if new is None or not old.kinds <= new.kinds:
             lost = ", ".join(sorted(k.__name__ for k in old.kinds - (new.kinds if new else set())))
             raise _broken(step, f"the weight {name} lost its form {lost}")
-        if old.support is not None and new.shape == old.shape and new.support is not None:
-            if bool((new.support & ~old.support).any()):
-                raise _broken(step, f"zeros of the weight {name} came back")
+        masks = old.support is not None and new.support is not None and new.shape == old.shape
+        if masks and bool((new.support & ~old.support).any()):  # type: ignore[operator]
+            raise _broken(step, f"zeros of the weight {name} came back")
     if now.edits[: len(before.edits)] != before.edits:
         raise _broken(step, "the edit log was rewritten")
     if not before.grids <= now.grids:

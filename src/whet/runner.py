@@ -215,10 +215,11 @@ def settings_of(options: dict[str, Any]) -> Settings:
             )
     goals = Goals(**limits) if limits else options.get("goals", Goals())
     goals.limits()
-    rest = {k: v for k, v in options.items() if k not in limits}
+    rest: dict[str, Any] = {k: v for k, v in options.items() if k not in limits}
+    rest["goals"] = goals
     if rest.get("workspace") is not None:
         rest["workspace"] = Path(rest["workspace"])
-    return Settings(**(rest | {"goals": goals}))
+    return Settings(**rest)
 
 
 def targets_of(name: str) -> list[Target]:

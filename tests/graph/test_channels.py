@@ -311,6 +311,18 @@ class Normed(nn.Module):
         return self.two(F.relu(self.norm(self.one(x))))
 
 
+class Bounded(nn.Module):
+    """Each channel has a bound of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+        self.bound = nn.Parameter(torch.rand(16, 1, 1))
+
+    def forward(self, x):
+        return self.two(torch.clamp(self.one(x), max=self.bound))
+
+
 class Total(nn.Module):
     """The output is a mean over everything, removed channels included."""
 
@@ -360,13 +372,13 @@ class Attention(nn.Module):
 ROWS = (torch.randn(2, 3, generator=torch.Generator().manual_seed(0)),)
 SEQUENCE = (torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)),)
 CUTTABLE = {
-    "squeeze and excitation": (Excite, IMAGE),
-    "features in the code": (LeNet, IMAGE),
-    "module called twice": (Twice, IMAGE),
-    "uncommon layers": (Everything, IMAGE),
-    "torch's attention": (Attention, SEQUENCE),
-    "channel shuffle": (Shuffle, IMAGE),
-    "tied parameter": (Shared, SEQUENCE),
+    "squeeze and excitation": (Excite, IMAGE, ["conv (+1)", "down"]),
+    "features in the code": (LeNet, IMAGE, ["conv1", "fc1"]),
+    "module called twice": (Twice, IMAGE, ["inp (+1)"]),
+    "uncommon layers": (Everything, IMAGE, ["one (+3)", "up.weight", "row"]),
+    "torch's attention": (Attention, SEQUENCE, ["up"]),
+    "channel shuffle": (Shuffle, IMAGE, ["one", "three"]),
+    "tied parameter": (Shared, SEQUENCE, ["inp (+1)"]),
 }
 LEFT_ALONE = {
     "halves": (Chunks, IMAGE, "chunk"),
@@ -377,15 +389,28 @@ LEFT_ALONE = {
         "LayerNorm",
     ),
     "instance norm": (lambda: Normed(nn.InstanceNorm2d(16)), IMAGE, "instance_norm"),
+    "a bound for each channel": (Bounded, IMAGE, "clamp"),
     "mean over everything": (Total, IMAGE, "a reduction over channels"),
     "weight read elsewhere": (Tied, ROWS, "one.weight"),
 }
 
 
-@pytest.mark.parametrize("make, example", CUTTABLE.values(), ids=CUTTABLE.keys())
-def test_uncommon_structures_are_cut_correctly(make, example):
+@pytest.mark.parametrize("make, example, cuttable", CUTTABLE.values(), ids=CUTTABLE.keys())
+def test_uncommon_structures_are_cut_correctly(make, example, cuttable):
     torch.manual_seed(0)
-    check_cut_equals_mask(prepared(make()), example)
+    model = prepared(make())
+    groups = free(model, example)
+    assert [g.name for g in groups] == cuttable
+    check_cut_equals_mask(model, example, groups)
+
+
+def test_a_depthwise_layer_may_make_several_channels_of_each():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1), nn.ReLU(), nn.Conv2d(6, 18, 3, groups=6), nn.Conv2d(18, 4, 1)
+    ).eval()
+    small = check_cut_equals_mask(model, IMAGE)
+    assert (small[2].groups, small[2].in_channels, small[2].out_channels) == (3, 3, 9)
 
 
 @pytest.mark.parametrize("make, example, reason", LEFT_ALONE.values(), ids=LEFT_ALONE.keys())

@@ -173,6 +173,7 @@ def refused(nodes: list[Any], words: str, **other: Any) -> None:
 HOSTILE = [
     "from_file.default",
     "save.default",
+    "linalg_svd.default",
     "_print.default",
     "warn.default",
     "set_.source_Tensor",

@@ -1,6 +1,7 @@
 """Call sites have stable names, and what is put at them acts wherever the network is called."""
 
 import copy
+import pickle
 import threading
 
 import pytest
@@ -190,18 +191,23 @@ def test_values_without_a_fraction_are_left_alone():
 
 
 class Padded(nn.Module):
-    def __init__(self, by_name):
-        super().__init__()
-        self.by_name = by_name
-
     def forward(self, x):
-        x = F.pad(x, pad=(1, 1)) if self.by_name else F.pad(x, (1, 1))
-        return F.pad(x, (0, 0, 2, 2))
+        return F.pad(F.pad(x, (1, 1)), (0, 0, 2, 2))
 
 
 @pytest.mark.parametrize("by_name", [False, True])
 def test_constants_are_corrected_by_position_and_by_name(by_name):
-    model = Padded(by_name)
+    class Times(nn.Module):
+        def forward(self, x):
+            return torch.mul(x, other=2.0) if by_name else torch.mul(x, 2.0)
+
+    model = Times()
+    surgery.set_constant(model, "mul:0", "other@1", 5.0)
+    assert output(model, (torch.ones(1),)).tolist() == [5.0]
+
+
+def test_a_corrected_pad_survives_export():
+    model = Padded()
     x = torch.ones(1, 1, 4, 4)
     assert output(model, (x,)).shape == (1, 1, 8, 6)
     surgery.set_constant(model, "pad:0", "pad@1", [0, 3])
@@ -302,19 +308,39 @@ def test_a_gridded_network_inside_another():
     assert torch.equal(again[-1], finer(expected))
 
 
-def test_a_network_that_calls_itself_is_named_once():
+def test_a_network_that_calls_itself_goes_on_counting():
     class Again(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(3, 3)
-
         def forward(self, x, more=True):
-            return self(self.linear(x), False) if more else x * 1
+            x = x * 1.1
+            return self(x, False) if more else x
 
     model, x = Again(), torch.rand(2, 3)
     expected = output(model, (x,))
-    surgery.set_grids(model, {"linear/linear:0": COARSE})
+    surgery.set_grids(model, {"mul:1": COARSE})
     assert torch.equal(output(model, (x,)), COARSE(expected))
+    assert [c.site for c in sites.calls(model, (x,))] == ["input:0", "mul:0", "mul:1", "output"]
+
+
+def test_calls_of_a_stranger_are_named_by_who_called_it():
+    model = nn.Sequential(Calls(nn.Linear(3, 3)))
+    expected = ["input:0", "0/linear:0", "0.linear/linear:0", "output"]
+    assert names(model, (torch.rand(2, 3),)) == expected
+
+
+def test_names_are_right_after_an_exception_that_was_caught():
+    class Tries(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bad, self.good = nn.Sequential(nn.Linear(9, 3)), nn.Linear(3, 3)
+
+        def forward(self, x):
+            try:
+                return self.bad(x)
+            except RuntimeError:
+                return self.good(x) * 1.0
+
+    found = names(Tries(), (torch.rand(2, 3),))
+    assert found == ["input:0", "good/linear:0", "mul:0", "output"]
 
 
 def test_threads_do_not_see_each_other():
@@ -374,6 +400,19 @@ def test_a_forward_of_the_instances_own_is_kept():
     expected = output(model, (x,))
     surgery.set_grids(model, {"0/linear:0": COARSE})
     assert torch.equal(output(model, (x,)), COARSE(expected / 2) * 2)
+
+
+def test_grids_travel_with_copies_and_pickles():
+    """Users may pickle what whet gives them; whet itself never does."""
+    model, example = NETWORKS["residual_cnn"]()
+    chosen = [c.site for c in sites.calls(model, example) if c.op == "add"]
+    surgery.set_grids(model, dict.fromkeys(chosen, COARSE))
+    expected = output(model, example)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(output(twin, example), expected)
+        twin[0].weight.data.zero_()
+        assert not torch.equal(output(twin, example), expected)
+    assert torch.equal(output(model, example), expected)
 
 
 def test_keywords_reach_the_network():

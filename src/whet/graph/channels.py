@@ -403,6 +403,8 @@ def _same(flow: _Flow, node: Node) -> Labels:
     """Shape-keeping in the channel dimensions: activations, pooling, dropout, interpolation."""
     labels, before, after = flow.labels(node.args[0]), _shape(node.args[0]), _shape(node)
     kept = {d: i for d, i in labels.items() if d < len(after) and after[d] == before[d]}
+    if any(_shape(other) for other in node.all_input_nodes[1:]):  # clamp between two tensors
+        kept = {}
     flow.fix(node, [{d: i for d, i in labels.items() if d not in kept}], f"{node.target}")
     return kept
 

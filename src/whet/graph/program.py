@@ -93,6 +93,7 @@ def describe(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor
             nodes.append([node.name, _name(node.target), arguments, named])
     output = next(n for n in program.graph.nodes if n.op == "output")
     spec = program.call_spec.out_spec
+    assert spec is not None
     template = pytree.tree_unflatten([{"leaf": k} for k in range(spec.num_leaves)], spec)
     graph = {"nodes": nodes, "outputs": _plain(output.args[0]), "template": _tree(template)}
     return graph, constants
@@ -370,7 +371,8 @@ def build(
         elif kind == "constant":
             held[name] = constants[name]
         else:
-            calls.append(_call(name, kind, *rest, made))
+            arguments, named = rest
+            calls.append(_call(name, kind, arguments, named, made))
         made.add(name)
     outputs = _value(description["outputs"], made)
     if not isinstance(outputs, list):

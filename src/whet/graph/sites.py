@@ -8,13 +8,13 @@ a change in the user's code, and survives `torch.export`. The name of a site is
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import wraps
-from types import MethodType
+from types import CodeType, MethodType
 from typing import Any
 
 import torch
@@ -136,37 +136,43 @@ def _on(mode: SiteMode) -> Iterator[None]:
         modes.pop()
 
 
-def _sited(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` with a `SiteMode` around it."""
+class _Sited:
+    """`forward` of a network whose ledger acts: the same call with a `SiteMode` around it.
 
-    @wraps(forward)
-    def run(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        book = ledger(model)
+    It stands on the instance, where `deepcopy`, `torch.export` and pickle find it. Hooks would
+    do as well, but an interrupt from the keyboard leaves them half done.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.own = model, model.__dict__.get("forward")
+
+    @property
+    def plain(self) -> Any:
+        """What the network would run without a ledger."""
+        return self.own or MethodType(type(self.model).forward, self.model)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export reports where the code stands
+        return getattr(self.plain, "__code__", _Sited.__call__.__code__)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        book = ledger(self.model)
         if any(mode.book is book for mode in _running.__dict__.get("modes", ())):
-            return forward(model, *args, **kwargs)  # an observer's mode, or a call of itself
-        mode = SiteMode(model, book)
+            return self.plain(*args, **kwargs)  # an observer's mode, or a call of itself
+        mode = SiteMode(self.model, book)
         args = mode.inputs(args)
         with _on(mode):
-            return forward(model, *args, **kwargs)
-
-    run.__dict__["sited"] = True
-    return run
+            return self.plain(*args, **kwargs)
 
 
 def activate(model: nn.Module) -> None:
-    """Make the grids and constants in the ledger of `model` act whenever it is called.
-
-    Its `forward` is wrapped on the instance, where `deepcopy` and `torch.export` find it. Hooks
-    would do as well, but an interrupt from the keyboard leaves them half done.
-    """
-    own = model.__dict__.get("forward")
-    method = getattr(own, "__func__", None)
-    if method is not None and "sited" in method.__dict__:
-        return
-    forward = type(model).forward
-    if own is not None:
-        forward = method or (lambda _, *args, **kwargs: own(*args, **kwargs))
-    model.__dict__["forward"] = MethodType(_sited(forward), model)
+    """Make the grids and constants in the ledger of `model` act whenever it is called."""
+    if not isinstance(model.__dict__.get("forward"), _Sited):
+        model.__dict__["forward"] = _Sited(model)
 
 
 def observed(model: nn.Module, args: tuple[Any, ...], observe: Observer) -> Any:

@@ -60,6 +60,7 @@ class Goals(BaseModel):
             "latency": after["latency_ms"]["median"],
             "size": after["bytes"],
             "macs": after["macs"],
+            "drop": drop,
         }
         shares = {
             "latency": ratio,
@@ -68,10 +69,8 @@ class Goals(BaseModel):
         }
         judged = []
         for name, (limit, unit) in self.limits().items():
-            if name == "drop":
-                value = drop
-            else:
-                value = shares[name] if unit == "x" else absolute[name]
+            measured = shares if unit == "x" else absolute
+            value = measured[name]
             judged.append(
                 {
                     "name": name,
