@@ -308,3 +308,10 @@ def test_limited_keeps_missing_labels():
 def test_counting():
     assert count([1, 2]) == 2
     assert count(iter([1, 2])) is None
+
+
+def test_a_label_out_of_range_in_a_later_batch_is_bad_input():
+    task = tiny_task("plain_cnn")
+    outputs = task.model(*task.example)
+    with pytest.raises(BadInput, match=r"Task.loss on a batch: it raised IndexError.*every batch"):
+        task.penalty(outputs, torch.full((len(outputs),), 99))

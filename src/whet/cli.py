@@ -20,7 +20,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -402,7 +401,7 @@ def techniques(
         )
         return
     if name is not None:
-        out.print(Markdown(f"```\n{card(known[name])}\n```"))
+        out.print(card(known[name]), markup=False, highlight=False, soft_wrap=True)
         table = Table("knob", "default", "range", "what")
         for knob, facts in knobs(known[name]).items():
             default, what = json.dumps(facts.get("default")), facts.get("description", "")

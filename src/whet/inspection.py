@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from whet import artifact, catalog
-from whet.errors import BadInput
+from whet.errors import BadInput, Damaged
 from whet.graph import blocks, channels
 from whet.measure import cost, latency, quality
 from whet.measure.goals import Goals
@@ -54,7 +55,7 @@ def again(
     """Measure an output folder anew: checksums, metric, latency, goals; as JSON.
 
     Raises:
-        Damaged: model.whet was altered.
+        Damaged: model.whet or the deployable file was altered.
         BadInput: the deployable file is missing.
     """
     artifact.load(folder / "model.whet")
@@ -62,6 +63,7 @@ def again(
     file = folder / "model.onnx"
     if not file.exists():
         raise BadInput(f"verify {folder}", "it has no model.onnx", "Run whet compress again.")
+    _same_bytes(file, report)
     _, batches = task.final()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="whet-") as scratch:
         model = copy.deepcopy(task.model).eval()
@@ -91,6 +93,21 @@ def again(
             words = tuple("not measured" if v is None else shown.format(v) for v in pair)
             figures[f"{name} {key.removesuffix('_ms')}"] = words
     return {"figures": figures, "ratio": ratio, "goals": goals, "now": now}
+
+
+def _same_bytes(file: Path, report: dict[str, Any]) -> None:
+    """Check the deployable file against the report.
+
+    Raises:
+        Damaged: it is not the file that was measured.
+    """
+    wanted = report.get("sha256", {}).get(file.name)
+    if wanted is not None and hashlib.sha256(file.read_bytes()).hexdigest() != wanted:
+        raise Damaged(
+            f"verify {file}",
+            "its checksum is not the one in report.json",
+            "It was altered after it was measured; compress again.",
+        )
 
 
 def _figure(value: Any) -> float | int | None:

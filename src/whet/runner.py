@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import hashlib
 import json
 import os
 import random
@@ -447,6 +448,10 @@ class _Run:
             "goals": self.settings.goals.judge(before, after, self.task.measure, ratio["value"]),
             "notes": self.notes,
             "recipe": self.recipe.yaml(),
+            "sha256": {
+                "model.whet": hashlib.sha256(packed_bytes).hexdigest(),
+                f"model{file.suffix}": hashlib.sha256(file.read_bytes()).hexdigest(),
+            },
             "command": f"whet compress {self.task.name} --recipe recipe.yaml"
             f" --target {self.target.name} -o out/",
         }

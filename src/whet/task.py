@@ -97,6 +97,21 @@ class Task:
         """The split that final figures come from, with its name."""
         return ("test", self.test) if self.test is not None else ("validation", self.validation)
 
+    def penalty(self, outputs: Any, labels: Any) -> Tensor:
+        """Task.loss of one batch.
+
+        Raises:
+            BadInput: it raised, as for a label that is out of range in this batch alone.
+        """
+        try:
+            return self.loss(outputs, labels)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise BadInput(
+                "compute Task.loss on a batch",
+                f"it raised {type(error).__name__}: {error}",
+                "Look at the labels of every batch: one does not fit the outputs.",
+            ) from error
+
     def check(self) -> None:
         """Look at everything once, before any work.
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from whet import numerics
+from whet.errors import BadInput
 from whet.graph import sites, statistics
 from whet.graph.statistics import BINS, Histogram
 from whet.testing import NETWORKS, batches, tiny_task
@@ -200,3 +201,9 @@ def test_batchnorm_statistics_of_batches_are_the_mean_over_them():
 def test_a_network_without_batchnorm_has_nothing_to_reestimate():
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, track_running_stats=False))
     assert statistics.reestimate_batchnorm(model, [(torch.randn(4, 3), None)]) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(value):
+    with pytest.raises(BadInput, match=r"NaN or infinite values in the calibration data"):
+        Histogram().add(torch.tensor([0.0, value]))

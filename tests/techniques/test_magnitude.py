@@ -92,6 +92,18 @@ def test_pruning_more_keeps_what_was_pruned(apply):
         assert bool((b.weight[a.weight == 0] == 0).all())
 
 
+def test_what_is_gone_counts_first_whatever_the_score(apply):
+    class Largest(Magnitude):
+        def score(self, weight):
+            return -weight.abs()
+
+    task = tiny_task("plain_cnn")
+    first = apply(task, Magnitude(amount=0.5)).model
+    second = apply(task, Magnitude(amount=0.5), Largest(amount=0.5)).model
+    for (_, a), (_, b) in zip(weights(first), weights(second), strict=True):
+        assert torch.equal(a.weight, b.weight)
+
+
 def test_training_afterwards_moves_weights_and_no_zeros(apply):
     task = tiny_task("plain_cnn")
     before = apply(task, Magnitude())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from whet import numerics
+from whet.errors import BadInput
 from whet.graph import sites
 from whet.task import Batches, as_arguments, evaluating, limited
 
@@ -30,9 +31,19 @@ class Histogram:
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
 
     def add(self, x: Tensor) -> None:
-        """Count the values of `x`."""
+        """Count the values of `x`.
+
+        Raises:
+            BadInput: one is NaN or infinite.
+        """
         x = x.detach().float().reshape(-1)
         low, high = (float(v) for v in torch.aminmax(x))
+        if not math.isfinite(low) or not math.isfinite(high):
+            raise BadInput(
+                "take statistics of activations",
+                f"a batch gives values from {low} to {high}",
+                "Look for NaN or infinite values in the calibration data.",
+            )
         self.low, self.high = min(self.low, low), max(self.high, high)
         reach = max(-low, high)
         if self.bound == 0.0:

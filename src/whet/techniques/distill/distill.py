@@ -50,7 +50,7 @@ class Distill(TrainTechnique):
             with torch.no_grad():
                 wanted = widened(teacher(*as_arguments(inputs)))
             soft = divergence(outputs, wanted, self.temperature)
-            return (1 - self.alpha) * F.cross_entropy(outputs, labels) + self.alpha * soft
+            return (1 - self.alpha) * work.task.penalty(outputs, labels) + self.alpha * soft
 
         return loss
 

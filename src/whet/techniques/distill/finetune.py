@@ -22,5 +22,5 @@ class FineTune(TrainTechnique):
     """Train on the labels."""
 
     def objective(self, work: Work) -> Callable[[Any, Any, Any], Tensor]:
-        task_loss = work.task.loss
-        return lambda inputs, labels, outputs: task_loss(outputs, labels)
+        task = work.task
+        return lambda inputs, labels, outputs: task.penalty(outputs, labels)

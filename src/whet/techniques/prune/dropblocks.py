@@ -86,7 +86,7 @@ class DropBlocks(Technique):
         for inputs, labels in limited(work.task.validation, self.examples):
             with fit.quick(fit.bfloat16_pays(cpu), cpu):
                 outputs = work.model(*as_arguments(fit.moved(inputs, cpu)))
-            loss = work.task.loss(fit.widened(outputs), labels)
+            loss = work.task.penalty(fit.widened(outputs), labels)
             total, seen = total + float(loss) * batch_size(inputs), seen + batch_size(inputs)
         return total / seen
 

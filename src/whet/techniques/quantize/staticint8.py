@@ -50,8 +50,6 @@ MOVES = frozenset(
         "identity",
     ]
 )
-# activations that the runtimes merge into the operation before them
-MERGED = frozenset(["relu", "relu6", "hardtanh"])
 
 
 class StaticInt8(Technique):
@@ -128,8 +126,8 @@ def placement(calls: list[sites.Call], skip: tuple[str, ...] = ()) -> dict[str, 
     """Which sites get a grid, and the site whose values its range is taken from.
 
     A value gets a grid when an integer operation reads it, itself or through operations that
-    only move values, which take the same grid. Where an activation is merged into the operation
-    before it, the grid stands behind the activation.
+    only move values, which take the same grid. So between a layer and the activation that the
+    runtimes merge into it there is none.
     """
     readers: dict[str, list[sites.Call]] = {}
     for call in calls:
@@ -138,11 +136,9 @@ def placement(calls: list[sites.Call], skip: tuple[str, ...] = ()) -> dict[str, 
     times = Counter(call.site for call in calls)
     plan: dict[str, str] = {}
     for call in calls:
-        mine = readers.get(call.site, [])
-        alone = len(mine) == 1 and mine[0].op in MERGED
         if call.dtype is None or not call.dtype.is_floating_point:
             continue
-        if times[call.site] != 1 or alone or not _read_by_integers(call, readers, skip):
+        if times[call.site] != 1 or not _read_by_integers(call, readers, skip):
             continue
         moved_from = call.sources[0] if call.op in MOVES and call.sources else None
         if moved_from is None:
