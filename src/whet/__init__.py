@@ -21,7 +21,7 @@ _HOMES = {
     "save": "whet.artifact",
     "step": "whet.catalog:technique",
 }
-__all__ = [*sorted(_HOMES), "__version__"]
+__all__ = [*sorted(_HOMES), "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 if TYPE_CHECKING:
     from whet.artifact import load as load

@@ -24,6 +24,7 @@ from whet.recipe import Recipe
 from whet.targets import target as protocol
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
+from whet.targets.worker import turns
 from whet.technique import Work
 from whet.testing import tiny_task
 
@@ -257,3 +258,8 @@ def test_workers_leave_no_files(
         precision="f32", rounds=2,
     )  # fmt: skip
     assert not os.listdir(scratch)
+
+
+def test_turns_interleave_calls_where_no_pool_spins():
+    assert turns(2, 3, threads=1) == [0, 1, 0, 1, 0, 1]
+    assert turns(2, 3, threads=2) == [0, 0, 0, 1, 1, 1]

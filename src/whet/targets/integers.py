@@ -9,6 +9,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from onnx import NodeProto, helper
 
@@ -32,7 +34,7 @@ def _dequantize(
 ) -> None:
     """Make the constant `name` come from integer codes."""
     graph.arrays[f"{name}/q"], graph.arrays[f"{name}/s"] = codes, scale
-    extra = {} if axis is None else {"axis": axis}
+    extra: dict[str, Any] = {} if axis is None else {"axis": axis}
     del graph.arrays[name]
     graph.add(helper.make_node("DequantizeLinear", [f"{name}/q", f"{name}/s"], [name], **extra))
 

@@ -56,7 +56,12 @@ def run(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[s
 
 
 def clock(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
-    """Milliseconds of each variant, interleaved: rest, one untimed call, `calls` timed ones."""
+    """Milliseconds of each variant, interleaved, each timed call behind an untimed one.
+
+    With one thread the variants take turns call by call, so that a processor that changes its
+    speed does so for all alike. With more, the pool of the variant before would spin into the
+    next one's time, so each rests first and makes its calls in a row.
+    """
     sessions = [
         target.open(Path(v["file"]), job["threads"], v["precision"]) for v in job["variants"]
     ]
@@ -64,16 +69,26 @@ def clock(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict
         session.run(inputs)
     rounds: list[list[list[float]]] = [[] for _ in sessions]
     for _ in range(job["rounds"]):
-        for session, times in zip(sessions, rounds, strict=True):
-            time.sleep(REST_SECONDS)
+        took: list[list[float]] = [[] for _ in sessions]
+        time.sleep(REST_SECONDS)
+        for k in turns(len(sessions), job["calls"], job["threads"]):
+            if job["threads"] > 1 and not took[k]:
+                time.sleep(REST_SECONDS)
+            session = sessions[k]
             session.run(inputs)
-            took = []
-            for _ in range(job["calls"]):
-                start = time.perf_counter()
-                session.run(inputs)
-                took.append(1000 * (time.perf_counter() - start))
-            times.append(took)
+            start = time.perf_counter()
+            session.run(inputs)
+            took[k].append(1000 * (time.perf_counter() - start))
+        for times, one in zip(rounds, took, strict=True):
+            times.append(one)
     return {"milliseconds": rounds, "kernels": [session.kernels() for session in sessions]}
+
+
+def turns(variants: int, calls: int, threads: int) -> list[int]:
+    """The order of the timed calls of a round: 0 1 0 1 ... with one thread, else 0 0 ... 1 1 ..."""
+    if threads == 1:
+        return [k for _ in range(calls) for k in range(variants)]
+    return [k for k in range(variants) for _ in range(calls)]
 
 
 def layers(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
