@@ -8,15 +8,12 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from whet.optional import require
 from whet.targets.target import Target
-
-if TYPE_CHECKING:
-    from whet.targets.onnxfile import Deployable
 
 KINDS = {
     f"tensor({n})": np.dtype(n)
@@ -99,11 +96,6 @@ class OnnxRuntime(Target):
         "channels": "multiples of 8 or 16; fewer channels below that are not faster",
         "depth": "time falls with the number of layers",
     }
-
-    def lower(self, net: Deployable, folder: Path, stem: str) -> Path:
-        path = folder / f"{stem}.onnx"
-        net.write(path)
-        return path
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads)

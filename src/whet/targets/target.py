@@ -53,9 +53,15 @@ class Target(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     facts: ClassVar[Mapping[str, str]] = {}
 
-    @abstractmethod
     def lower(self, net: Deployable, folder: Path, stem: str) -> Path:
-        """Write the deployable file of `net` into `folder`; returns its path."""
+        """Write the deployable file of `net` into `folder`, ONNX unless a target says otherwise.
+
+        Returns:
+            Its path.
+        """
+        path = folder / f"{stem}.onnx"
+        net.write(path)
+        return path
 
     @abstractmethod
     def open(self, path: Path, threads: int, precision: str) -> Session:
