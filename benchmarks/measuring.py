@@ -74,7 +74,7 @@ def rows(
 
 def lower(target: Target, model: nn.Module, task: Task, folder: Path, stem: str) -> Path:
     """The deployable file of `model`."""
-    return target.lower(Deployable(model, task.example), folder, stem)
+    return Deployable(model, task.example, target).write(folder / f"{stem}.onnx")
 
 
 def table(found: list[dict[str, Any]]) -> str:

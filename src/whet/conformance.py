@@ -122,10 +122,11 @@ def _saves_and_loads(model: nn.Module, task: Task, technique: Technique) -> None
 
 
 def _agrees_in_the_runtime(model: nn.Module, task: Task, technique: Technique) -> None:
-    target, net = catalog.target(TARGET), Deployable(model, task.example)
+    target = catalog.target(TARGET)
+    net = Deployable(model, task.example, target)
     assert task.validation is not None
     with tempfile.TemporaryDirectory() as folder:
-        file = target.lower(net, Path(folder), "model")
+        file = net.write(Path(folder) / "model.onnx")
         said = quality.gate(target, file, net, model, task.validation, threads=1, examples=16)
     assert said["agreed"], f"{technique.name}: the runtime disagrees at {said['first_difference']}"
 

@@ -25,8 +25,8 @@ def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
     model, example = copy.deepcopy(task.model).eval(), task.example
     inputs = as_arrays(example)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
-        net = Deployable(model, example)
-        file = target.lower(net, Path(folder), "original")
+        net = Deployable(model, example, target)
+        file = net.write(Path(folder) / "original.onnx")
         variant = [latency.Variant("original", file)]
         timing = latency.time_together(target, variant, inputs, threads, rounds=10)["original"]
         times = latency.shares(target, net, file, inputs, threads)
@@ -68,7 +68,7 @@ def again(
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="whet-") as scratch:
         model = copy.deepcopy(task.model).eval()
         like = model(*example)
-        original = target.lower(Deployable(model, example), Path(scratch), "original")
+        original = Deployable(model, example, target).write(Path(scratch) / "original.onnx")
         variants = [latency.Variant("original", original), latency.Variant("compressed", file)]
         times = latency.time_together(target, variants, as_arrays(example), threads, rounds)
         now: dict[str, dict[str, Any]] = {}

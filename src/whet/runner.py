@@ -360,8 +360,8 @@ class _Run:
     # -- readings ----------------------------------------------------------------------------
 
     def _lower(self, model: nn.Module, stem: str) -> tuple[Path, Deployable]:
-        net = Deployable(model, self.task.example)
-        return self.target.lower(net, self.folder, stem), net
+        net = Deployable(model, self.task.example, self.target)
+        return net.write(self.folder / f"{stem}.onnx"), net
 
     def _reading(self, model: nn.Module, label: str | None) -> dict[str, Any]:
         """Metric, size and time of the network as it is now, from its deployed file."""

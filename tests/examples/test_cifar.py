@@ -48,8 +48,8 @@ def test_int8_costs_little_on_real_images(resnet20: Task, tmp_path: Path) -> Non
     work = Work(cifar10.resnet20().model, resnet20.model, resnet20)
     catalog.technique("FoldBatchNorm").apply(work)
     catalog.technique("StaticInt8").apply(work)
-    target, net = catalog.target("onnxruntime"), Deployable(work.model, resnet20.example)
-    file = target.lower(net, tmp_path, "model")
+    target = catalog.target("onnxruntime")
+    file = Deployable(work.model, resnet20.example, target).write(tmp_path / "model.onnx")
     after = quality.measure(
         target, file, resnet20.example, torch.zeros(1, 10), images, resnet20.measure, threads=2
     )

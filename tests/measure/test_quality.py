@@ -44,13 +44,13 @@ def model() -> Two:
 
 @pytest.fixture(scope="module")
 def net(model: Two) -> Deployable:
-    return Deployable(model, (X[:4],))
+    return Deployable(model, (X[:4],), TARGET)
 
 
 def test_metric_of_nested_outputs_with_a_last_partial_batch(
     model: Two, net: Deployable, tmp_path: Path
 ):
-    file = TARGET.lower(net, tmp_path, "net")
+    file = net.write(tmp_path / "net.onnx")
     metric = Metric("mean", lambda y, t: (y["class"].sum(1) + y["rest"][0].sum(1) + t).mean())
     batches = [(X[:7], torch.arange(7.0)), (X[7:], torch.arange(3.0))]
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_metric_of_nested_outputs_with_a_last_partial_batch(
 
 def test_gate_passes_what_agrees(model: Two, net: Deployable, tmp_path: Path):
     said = quality.gate(
-        TARGET, TARGET.lower(net, tmp_path, "net"), net, model, [(X, None)], threads=1
+        TARGET, net.write(tmp_path / "net.onnx"), net, model, [(X, None)], threads=1
     )
     assert said["agreed"]
     assert said["relative"] < 1e-5
@@ -85,14 +85,14 @@ def test_gate_passes_what_agrees(model: Two, net: Deployable, tmp_path: Path):
 @pytest.mark.parametrize("layer", ["stem", "middle", "head", "other"])
 def test_gate_names_the_layer_that_differs(model: Two, layer: str, tmp_path: Path):
     """One weight of the deployed file is off; `other` makes only the second output."""
-    net = Deployable(model, (X[:4],))
+    net = Deployable(model, (X[:4],), TARGET)
     node = next(n for n in net.proto.graph.node if n.name.startswith(layer))
     weight = next(i for i in net.proto.graph.initializer if i.name == node.input[1])
     array = numpy_helper.to_array(weight).copy()
     array.reshape(-1)[0] += 1
     weight.CopyFrom(numpy_helper.from_array(array, weight.name))
     said = quality.gate(
-        TARGET, TARGET.lower(net, tmp_path, "net"), net, model, [(X, None)], threads=1
+        TARGET, net.write(tmp_path / "net.onnx"), net, model, [(X, None)], threads=1
     )
     assert not said["agreed"]
     assert said["max_difference"] > 1e-3
@@ -104,7 +104,7 @@ def test_gate_names_the_layer_that_differs(model: Two, layer: str, tmp_path: Pat
 
 
 def test_inputs_of_another_shape_are_a_failure_of_the_target(net: Deployable, tmp_path: Path):
-    file = TARGET.lower(net, tmp_path, "net")
+    file = net.write(tmp_path / "net.onnx")
     with pytest.raises(TargetFailed, match=r"run with onnxruntime: .*Try another"):
         quality.measure(
             TARGET, file, (X[:4],), net, [(torch.ones(4, 3, 9, 9), None)],

@@ -4,7 +4,6 @@
 2. x W + b becomes MatMul and Sub(-b): ONNX Runtime fuses MatMul and Add into a float Gemm.
 3. The bias of a quantized convolution becomes int32 on the grid of the accumulator, S_x S_w.
 4. A ReLU in front of a grid whose smallest code stands for zero goes: the grid clamps as it does.
-5. A slice or pad between two equal grids moves the codes, not the values.
 """
 
 from __future__ import annotations
@@ -19,14 +18,13 @@ from whet.targets.onnxgraph import OnnxGraph, as_int8, facts
 
 
 def rewrite(graph: OnnxGraph, forms: dict[str, packed.Packed]) -> None:
-    """Apply rules 1 to 5 in order."""
+    """Apply rules 1 to 4 in order."""
     for name, form in forms.items():
         if packed.Affine in packed.kinds(form):
             store_codes(graph, name, form)
     integer_products(graph)
     integer_biases(graph)
     drop_clamped_relus(graph)
-    integer_moves(graph)
 
 
 def _dequantize(
@@ -125,44 +123,3 @@ def drop_clamped_relus(graph: OnnxGraph) -> None:
 def _starts_at_zero(graph: OnnxGraph, node: NodeProto) -> bool:
     zero = graph.arrays.get(node.input[2]) if len(node.input) > 2 else None
     return zero is not None and zero.dtype == np.uint8 and int(zero) == 0
-
-
-def integer_moves(graph: OnnxGraph) -> None:
-    """5. DequantizeLinear, Slice or Pad, QuantizeLinear on one grid: move the codes."""
-    for node in graph.of_kind("Slice", "Pad"):
-        source = graph.maker(node.input[0], "DequantizeLinear")
-        if source is None or len(source.input) < 3 or node.output[0] in graph.final:
-            continue
-        inputs = [source.input[0], *node.input[1:]]
-        if node.op_type == "Pad":
-            fill = graph.arrays.get(node.input[2]) if len(node.input) > 2 else None
-            zeros = fill is None or not fill.any()
-            if facts(node).get("mode", b"constant") != b"constant" or not zeros:
-                continue
-            inputs[2:] = [source.input[2]]
-        value, codes = node.output[0], f"{node.output[0]}/codes"
-        graph.drop(node)
-        moved = helper.make_node(node.op_type, inputs, [codes])
-        moved.attribute.extend(node.attribute)
-        graph.add(moved)
-        again = helper.make_node("DequantizeLinear", [codes, *source.input[1:]], [value])
-        _cancel(graph, graph.add(again))
-
-
-def _cancel(graph: OnnxGraph, node: NodeProto) -> None:
-    """Drop each QuantizeLinear behind a DequantizeLinear of the same grid, and that if unread."""
-    for after in list(graph.readers(node.output[0])):
-        if after.op_type == "QuantizeLinear" and _same_grid(graph, after, node):
-            graph.drop(after)
-            for reader in list(graph.readers(after.output[0])):
-                for k in [k for k, name in enumerate(reader.input) if name == after.output[0]]:
-                    graph.reads_instead(reader, k, node.input[0])
-    if not graph.readers(node.output[0]):
-        graph.drop(node)
-
-
-def _same_grid(graph: OnnxGraph, a: NodeProto, b: NodeProto) -> bool:
-    if len(a.input) != len(b.input):
-        return False
-    pairs = zip(a.input[1:], b.input[1:], strict=True)
-    return all(np.array_equal(graph.arrays[x], graph.arrays[y]) for x, y in pairs)

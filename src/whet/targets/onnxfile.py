@@ -28,6 +28,7 @@ from whet.errors import TargetFailed
 from whet.graph.trace import baked, export, module_path
 from whet.targets.integers import rewrite
 from whet.targets.onnxgraph import OnnxGraph
+from whet.targets.target import Target
 from whet.task import tensors_in
 
 OPSET = 20
@@ -41,22 +42,24 @@ class Deployable:
     Args:
         model: packed or not; unchanged.
         example: the inputs, with the batch size to deploy.
+        target: the runtime that will run it.
 
     Raises:
         TargetFailed: the exporter refused the network.
     """
 
-    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, example: tuple[Any, ...], target: Target) -> None:
         self.example = example
         twin, forms = baked(model)
         self.program = export(twin, example)
-        self.proto, self.layers = _convert(self.program, forms)
+        self.proto, self.layers = _convert(self.program, forms, target)
         self.owners = _owners(self.proto)
         self.quantized = sum(1 for form in forms.values() if packed.Affine in packed.kinds(form))
 
-    def write(self, path: Path) -> None:
-        """Write the .onnx file."""
+    def write(self, path: Path) -> Path:
+        """Write the .onnx file; gives its path."""
         onnx.save(self.proto, str(path))
+        return path
 
     def revealed(self) -> tuple[ModelProto, list[str]]:
         """The same file with the inner values as outputs too, and what torch calls them."""
@@ -112,7 +115,7 @@ def _owners(proto: ModelProto) -> dict[str, str]:
 
 
 def _convert(
-    program: ExportedProgram, forms: dict[str, packed.Packed]
+    program: ExportedProgram, forms: dict[str, packed.Packed], target: Target
 ) -> tuple[ModelProto, list[tuple[str, str]]]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -128,6 +131,7 @@ def _convert(
     assert written is not None
     graph = OnnxGraph(written.model_proto)
     rewrite(graph, forms)
+    target.rewrite(graph)
     proto, short = graph.finish(OPSET)
     return proto, _values(graph, short, [node.name for node in program.graph.nodes])
 

@@ -6,12 +6,15 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from whet.optional import require
 from whet.targets.target import Target
+
+if TYPE_CHECKING:
+    from whet.targets.onnxgraph import OnnxGraph
 
 LAYERS = frozenset(["Convolution", "FullyConnected", "MatMul", "Deconvolution"])
 
@@ -59,6 +62,26 @@ class _Session:
         return times
 
 
+def add_to_accumulators(graph: OnnxGraph) -> None:
+    """Q(DQ(Q(conv)) + y) becomes Q(conv + y): the runtime adds y before it rounds the sum.
+
+    With a grid in between it rounds twice, one element at a time.
+    """
+    for node in graph.of_kind("Add"):
+        for position, name in enumerate(node.input):
+            back = graph.maker(name, "DequantizeLinear")
+            to = graph.maker(back.input[0], "QuantizeLinear") if back is not None else None
+            made = graph.maker(to.input[0], "Conv") if to is not None else None
+            if back is None or to is None or made is None:
+                continue
+            read_once = all(len(graph.readers(n.output[0])) == 1 for n in (made, to, back))
+            if read_once and graph.maker(made.input[0], "DequantizeLinear") is not None:
+                graph.reads_instead(node, position, made.output[0])
+                graph.drop(back)
+                graph.drop(to)
+                break  # the other term stays on integers
+
+
 class OpenVino(Target):
     """Intel's OpenVINO, CPU plugin; it reads ONNX, which takes fewer bytes than its own files."""
 
@@ -76,6 +99,9 @@ class OpenVino(Target):
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads, precision)
+
+    def rewrite(self, graph: OnnxGraph) -> None:
+        add_to_accumulators(graph)
 
     def integer_layers(self, kernels: Mapping[str, int]) -> int:
         return sum(

@@ -21,7 +21,7 @@ import numpy as np
 from whet.errors import TargetFailed
 
 if TYPE_CHECKING:
-    from whet.targets.onnxfile import Deployable
+    from whet.targets.onnxgraph import OnnxGraph
 
 
 class Session(Protocol):
@@ -53,15 +53,11 @@ class Target(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     facts: ClassVar[Mapping[str, str]] = {}
 
-    def lower(self, net: Deployable, folder: Path, stem: str) -> Path:
-        """Write the deployable file of `net` into `folder`, ONNX unless a target says otherwise.
+    def rewrite(self, graph: OnnxGraph) -> None:
+        """Change what this runtime runs faster when it is written another way: by default nothing.
 
-        Returns:
-            Its path.
+        It comes after the rules that hold for every runtime (`integers`).
         """
-        path = folder / f"{stem}.onnx"
-        net.write(path)
-        return path
 
     @abstractmethod
     def open(self, path: Path, threads: int, precision: str) -> Session:
