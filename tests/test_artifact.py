@@ -449,7 +449,9 @@ def test_structure_that_lies(structure: dict[str, Any]):
 def test_graph_of_a_file_is_checked_too():
     header, body = opened(DATA)
     graph = header["graph"]
-    call = next(k for k, n in enumerate(graph["nodes"]) if n[1] not in ("input", "tensor"))
+    call = next(
+        k for k, n in enumerate(graph["nodes"]) if n[1] not in ("input", "weight", "tensor")
+    )
     graph["nodes"][call][1] = "from_file.default"
     with pytest.raises(Damaged, match="does more than compute tensors"):
         artifact.decode(sealed(header, body))

@@ -94,7 +94,8 @@ def fit(
         objective: (inputs, labels, outputs) -> 0-d loss.
         schedule: how.
         score: model -> a number, higher is better, asked before the first and after each epoch;
-            the weights of the best answer are kept, the first ones included. None: keep the last.
+            the weights of the best answer are kept, the first ones included; -inf says that these
+            cannot be, and patience waits. None: keep the last.
         tell: called as tell(step, steps).
 
     Returns:
@@ -125,7 +126,7 @@ def fit(
         scores.append(ask())
         if scores[-1] > max(scores[:-1]):
             best, stale = copy.deepcopy(model.state_dict()), 0
-        else:
+        elif max(scores) > -math.inf:
             stale += 1
         if schedule.patience is not None and stale >= schedule.patience:
             break

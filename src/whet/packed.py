@@ -230,6 +230,13 @@ def form_of(module: nn.Module, name: str = "weight") -> Packed | None:
     return first if isinstance(first, Packed) else None
 
 
+def support_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """A boolean mask of the values of `module.name` that may differ from zero."""
+    form = form_of(module, name)
+    support = None if form is None else form.support()
+    return torch.ones_like(getattr(module, name), dtype=torch.bool) if support is None else support
+
+
 def install(module: nn.Module, name: str, form: Packed) -> None:
     """Make `form` the weight `module.name`, in place of the weight or form that is there."""
     if any(form_of(module, str(n)) is None for n in getattr(module, "parametrizations", {})):

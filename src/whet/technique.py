@@ -7,7 +7,9 @@ is checked on types before any work. The order of steps follows from the forms a
 
 from __future__ import annotations
 
+import copy
 import fnmatch
+import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -150,11 +152,7 @@ class ScoreTechnique(Technique):
             raise Refused(
                 self.name, "no linear or convolutional layer is left to prune", "Drop it."
             )
-        if self.scope == "global":
-            flat = torch.cat([s.reshape(-1) for s in scores.values()])
-            masks = split(keep_largest(flat, self.amount), scores)
-        else:
-            masks = {path: keep_largest(s, self.amount) for path, s in scores.items()}
+        masks = keep(scores, self.amount, self.scope)
         if all(bool(mask.all()) for mask in masks.values()):
             raise Refused(
                 f"{self.name}(amount={self.amount})",
@@ -167,9 +165,7 @@ class ScoreTechnique(Technique):
 
     def _masked_score(self, module: nn.Module) -> Tensor:
         score = self.score(module.weight.detach())  # type: ignore[arg-type]
-        form = packed.form_of(module)
-        gone = None if form is None else form.support()
-        return score if gone is None else torch.where(gone, score, -torch.inf)
+        return torch.where(packed.support_of(module), score, -torch.inf)
 
 
 def keep_largest(score: Tensor, amount: float) -> Tensor:
@@ -180,18 +176,61 @@ def keep_largest(score: Tensor, amount: float) -> Tensor:
     return mask.reshape(score.shape)
 
 
+def keep(scores: dict[str, Tensor], amount: float, scope: str) -> dict[str, Tensor]:
+    """Masks that are False at the share `amount` of the lowest, of each layer or "global"."""
+    if scope == "global":
+        flat = torch.cat([s.reshape(-1) for s in scores.values()])
+        return split(keep_largest(flat, amount), scores)
+    return {path: keep_largest(s, amount) for path, s in scores.items()}
+
+
 def split(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     """Cut a flat tensor into pieces of the shapes of `like`."""
     pieces = flat.split([t.numel() for t in like.values()])
     return {k: p.reshape(t.shape) for (k, t), p in zip(like.items(), pieces, strict=True)}
 
 
-class ChannelTechnique(Technique):
-    """A rung: one score for each filter in; the lowest channels are removed, with all coupled ones.
+class CalibratedTechnique(Technique):
+    """A rung: one weight and the second moments of what it reads in, one form out.
 
-    The strategies are those of PFEC: "independent" scores every layer as it was, "greedy" scores
-    a layer after the kernels of channels removed before it are gone.
+    All moments are taken in one sweep, of the network as it was before the step.
     """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.STATISTICS})
+
+    examples: Annotated[int, Field(ge=1, description="calibration examples")] = 256
+    skip: Skip = ()
+
+    @abstractmethod
+    def pack(self, weight: Tensor, moments: Tensor) -> packed.Packed:
+        """The form of `weight` [out, in / groups, ...].
+
+        Args:
+            weight: as torch computes with it.
+            moments: E[x x^T] of the flattened inputs of each filter, [groups, d, d] with
+                d = weight[0].numel().
+        """
+
+    def apply(self, work: Work) -> None:
+        layers = list(weights(work.model, self.skip))
+        if not layers:
+            raise Refused(self.name, "no linear or convolutional layer is left to pack", "Drop it.")
+        batches = work.task.statistics()
+        assert batches is not None  # `needs` was checked before any work
+        moments = statistics.second_moments(work.model, batches, self.examples)
+        unread = [path for path, _ in layers if path not in moments]
+        for done, (path, module) in enumerate(layers):
+            if path in moments:
+                alive = packed.support_of(module)  # an earlier mask lies over the leaf
+                pack = lambda w, a=alive, m=moments[path]: self.pack(w * a, m)  # noqa: E731
+                packed.rewrite(module, "weight", pack)
+            work.tell(done + 1, len(layers))
+        if unread:
+            work.notes.append(f"left alone, as the calibration data never ran them: {unread}.")
+
+
+class ChannelTechnique(Technique):
+    """A rung: one score for each unit of a coupled group in; the lowest are cut out everywhere."""
 
     spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, surgery.Grid})
     tiny: ClassVar[dict[str, Any]] = {"multiple_of": 2}
@@ -201,35 +240,56 @@ class ChannelTechnique(Technique):
         dict[str, Annotated[float, Field(ge=0, lt=1)]],
         Field(description="other amounts, by pattern of the paths that make the channels"),
     ] = {}
+    scope: Annotated[
+        Literal["layer", "global"], Field(description="rank within each group or over all")
+    ] = "layer"
     multiple_of: Annotated[
         int, Field(ge=1, le=256, description="channel counts are multiples of this")
     ] = 8
-    strategy: Literal["independent", "greedy"] = "greedy"
     skip: Skip = ()
     calibrate: Annotated[
         int, Field(ge=0, description="examples for new BatchNorm statistics; 0 leaves them")
     ] = 2048
 
+    def evidence(self, work: Work, groups: list[channels.Group]) -> Any:
+        """What `unit_scores` looks at, gathered before any cut: by default the network itself."""
+        return work.model
+
     @abstractmethod
-    def score(self, filters: Tensor) -> Tensor:
-        """How much each filter matters: [filters, ...] -> [filters]."""
+    def unit_scores(self, group: channels.Group, evidence: Any) -> np.ndarray:
+        """How much each unit matters, [units], infinite where it must stay.
+
+        Asked for the groups in turn, between the cuts.
+        """
+
+    def remove(self, work: Work, group: channels.Group, kept: np.ndarray, evidence: Any) -> None:
+        """Cut the units that are not `kept`; a technique may mend what stays."""
+        channels.cut(work.model, group, kept)
 
     def apply(self, work: Work) -> None:
+        whole = work.model
+        if any(isinstance(module, nn.MultiheadAttention) for module in whole.modules()):
+            work.model = copy.deepcopy(whole)
+            for path in surgery.unfold_attention(work.model):
+                work.notes.append(f"{path} has four linear layers now, so that it can lose heads.")
         groups = channels.find_groups(work.model, work.task.example)
-        early = {id(g): self.unit_scores(work.model, g) for g in groups}
-        removed = 0
+        for group in [g for g in groups if g.fixed]:
+            work.notes.append(f"{group.name} is left alone: {group.fixed}.")
+        groups = [g for g in groups if not g.fixed]
+        evidence = self.evidence(work, groups)
+        everywhere = self.scope == "global" and bool(groups)
+        removed, plan = 0, self._global_plan(groups, evidence) if everywhere else None
         for done, group in enumerate(groups):
-            if group.fixed:
-                work.notes.append(f"{group.name} is left alone: {group.fixed}.")
-                continue
-            greedy = self.strategy == "greedy"
-            scores = self.unit_scores(work.model, group) if greedy else early[id(group)]
-            kept = self._kept(group, scores)
+            if plan is None:
+                kept = self._lowest_cut(group, self.unit_scores(group, evidence))
+            else:
+                kept = plan[done]
             if not kept.all():
-                channels.cut(work.model, group, kept)
+                self.remove(work, group, kept, evidence)
                 removed += int((~kept).sum())
             work.tell(done + 1, len(groups))
         if not removed:
+            work.model = whole
             raise Refused(
                 f"{self.name}(amount={self.amount}, multiple_of={self.multiple_of})",
                 "no channel group can lose a channel under these knobs",
@@ -238,38 +298,74 @@ class ChannelTechnique(Technique):
         work.notes.append(f"removed {removed} channel units.")
         refresh_batchnorm(work, self.calibrate)
 
-    def unit_scores(self, model: nn.Module, group: channels.Group) -> np.ndarray:
-        """[units]: the mean over the tensors that make the channels of their filters' scores."""
+    def _amount(self, group: channels.Group) -> float:
+        for pattern, amount in self.amounts.items():
+            if any(skipped(path, (pattern,)) for path in group.paths):
+                return amount
+        return 0.0 if any(skipped(path, self.skip) for path in group.paths) else self.amount
+
+    def _lowest_cut(self, group: channels.Group, scores: np.ndarray) -> np.ndarray:
+        """Which units stay when the share `amount` of the lowest goes."""
+        lost = np.zeros(group.units, dtype=bool)
+        for kind in np.unique(group.kinds):
+            mine = np.flatnonzero(group.kinds == kind)
+            order = mine[np.argsort(scores[mine], kind="stable")]
+            lost[order[: round(len(mine) * self._amount(group))]] = True
+        return self._rounded(group, scores, lost & np.isfinite(scores))
+
+    def _rounded(self, group: channels.Group, scores: np.ndarray, lost: np.ndarray) -> np.ndarray:
+        """Which units stay, their count in each kind rounded to a multiple."""
+        kept = np.ones(group.units, dtype=bool)
+        for kind in np.unique(group.kinds):
+            mine = np.flatnonzero(group.kinds == kind)
+            multiple = self.multiple_of // math.gcd(self.multiple_of, group.width(kind))
+            stay = round_channels(len(mine) - lost[mine].sum(), multiple, len(mine))
+            least = math.ceil(np.isinf(scores[mine]).sum() / multiple) * multiple
+            order = mine[np.argsort(scores[mine], kind="stable")]
+            if lost[mine].any():
+                kept[order[: max(len(mine) - max(stay, least), 0)]] = False
+        return kept
+
+    def _global_plan(self, groups: list[channels.Group], evidence: Any) -> list[np.ndarray]:
+        """The share `amount` of all units goes, lowest first, whichever group they are in."""
+        scores = [self.unit_scores(group, evidence) for group in groups]
+        free = [np.isfinite(s) & (self._amount(g) > 0) for g, s in zip(groups, scores, strict=True)]
+        flat = np.concatenate([np.where(f, s, np.inf) for f, s in zip(free, scores, strict=True)])
+        last = np.sort(flat)[max(round(self.amount * len(flat)) - 1, 0)]
+        return [
+            self._rounded(group, s, f & (s <= last) if self.amount else ~f & f)
+            for group, s, f in zip(groups, scores, free, strict=True)
+        ]
+
+
+class FilterTechnique(ChannelTechnique):
+    """A rung: one score for each filter in, from its weights alone.
+
+    The strategies are those of PFEC: "independent" scores every layer as it was, "greedy" scores
+    a layer after the kernels of channels removed before it are gone.
+    """
+
+    strategy: Literal["independent", "greedy"] = "greedy"
+
+    @abstractmethod
+    def score(self, filters: Tensor) -> Tensor:
+        """How much each filter matters: [filters, ...] -> [filters]."""
+
+    def evidence(self, work: Work, groups: list[channels.Group]) -> Any:
+        return work.model if self.strategy == "greedy" else copy.deepcopy(work.model)
+
+    def unit_scores(self, group: channels.Group, evidence: Any) -> np.ndarray:
+        """The mean over the tensors that make the channels of their filters' relative scores."""
         total, seen = np.zeros(group.units), np.zeros(group.units)
         for member in group.members:
-            weight = surgery.tensor_of(model, member.name)
-            owner = model.get_submodule(surgery.split_name(member.name)[0])
-            makes = 1 if isinstance(owner, (*surgery.TRANSPOSED, nn.Embedding)) else 0
-            if member.dim != makes or weight.ndim < 2:
+            weight = surgery.tensor_of(evidence, member.name)
+            if not member.makes or weight.ndim < 2:
                 continue
-            score = self.score(weight.detach().transpose(0, makes)).double().numpy()
+            score = self.score(weight.detach().transpose(0, member.dim)).double().numpy()
             real = member.units >= 0
             np.add.at(total, member.units[real], score[real] / max(score.mean(), 1e-30))
             np.add.at(seen, member.units[real], 1)
         return total / np.maximum(seen, 1)
-
-    def _amount(self, group: channels.Group) -> float:
-        out = [m.name.rpartition(".")[0] for m in group.members if m.dim == 0]
-        for pattern, amount in self.amounts.items():
-            if any(skipped(path, (pattern,)) for path in out):
-                return amount
-        return 0.0 if any(skipped(path, self.skip) for path in out) else self.amount
-
-    def _kept(self, group: channels.Group, scores: np.ndarray) -> np.ndarray:
-        kept = np.ones(group.units, dtype=bool)
-        for kind in np.unique(group.kinds):
-            mine = np.flatnonzero(group.kinds == kind)
-            stay = round_channels(
-                len(mine) * (1 - self._amount(group)), self.multiple_of, len(mine)
-            )
-            order = mine[np.argsort(scores[mine], kind="stable")]
-            kept[order[: len(mine) - stay]] = False
-        return kept
 
 
 def round_channels(count: float, multiple: int, most: int) -> int:
@@ -299,14 +395,25 @@ class TrainTechnique(Technique, Schedule):
         """(inputs, labels, outputs) -> 0-d loss."""
 
     def apply(self, work: Work) -> None:
+        self.train(work, self.objective(work), work.tell)
+
+    def train(
+        self,
+        work: Work,
+        objective: Callable[[Any, Any, Any], Tensor],
+        tell: Callable[[int, int], None],
+        ready: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Train `work.model`; the best weights on validation among those that are `ready` stay."""
         task, metric = work.task, work.task.measure
         assert task.train is not None  # `needs` was checked before any work
         score, sign = None, 1.0
         if task.validation is not None:
             sign = 1.0 if metric.better == "higher" else -1.0
             batches = task.validation
-            score = lambda model: sign * evaluate(model, batches, metric)  # noqa: E731
-        scores = fit(work.model, task.train, self.objective(work), self, score, work.tell)
+            score = lambda m: sign * evaluate(m, batches, metric) if ready() else -math.inf  # noqa: E731
+        scores = fit(work.model, task.train, objective, self, score, tell)
+        scores = [score for score in scores if score > -math.inf]
         if scores:
             best = max(scores)
             work.notes.append(

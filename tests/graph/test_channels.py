@@ -9,13 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from whet import packed
-from whet.graph import channels, surgery
+from whet.graph import coupling, surgery
 from whet.graph.channels import Group, cut, find_groups
 from whet.graph.ledger import ledger
 from whet.testing import NETWORKS, scramble
 
 IMAGE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
-CONSUMERS = (nn.Linear, *surgery.CONVOLUTIONS)
 
 
 def prepared(model, seed=0):
@@ -48,14 +47,10 @@ def random_choice(group: Group, seed: int) -> np.ndarray:
 def mask(model, group: Group, kept: np.ndarray) -> None:
     """Nobody reads the channels of `group` that are not kept: what removing them has to equal."""
     for member in group.members:
-        path, _ = surgery.split_name(member.name)
-        module = model.get_submodule(path)
-        reads = 0 if isinstance(module, surgery.TRANSPOSED) else 1
-        if member.dim != reads or not isinstance(module, (*CONSUMERS, *surgery.TRANSPOSED)):
-            continue
-        gone = sorted(set(range(len(member.units))) - set(member.positions(kept)))
-        weight = surgery.tensor_of(model, member.name)
-        weight.index_fill_(reads, torch.tensor(gone, dtype=torch.long), 0.0)
+        if member.reads:
+            gone = sorted(set(range(len(member.units))) - set(member.positions(kept)))
+            weight = surgery.tensor_of(model, member.name)
+            weight.index_fill_(member.dim, torch.tensor(gone, dtype=torch.long), 0.0)
 
 
 def check_cut_equals_mask(model, example, groups=None):
@@ -189,17 +184,17 @@ def test_reasons_name_the_obstacle():
     plain = NETWORKS["plain_cnn"]()
     assert set(reasons(*plain).values()) == {"its channels are the network's output"}
     text = "; ".join(reasons(*NETWORKS["transformer"]()).values())
-    assert "a reshape that splits channels in layers.0.attention" in text
-    assert "the input of hidden has no known channels" in reasons(*NETWORKS["rnn"]()).values()
+    assert "a LayerNorm in layers.0" in text
 
 
 def test_pads_of_a_shortcut_are_corrected():
     model, example = NETWORKS["padded_residual_cnn"]()
-    trunk = max(free(model, example), key=lambda g: len(g.pads))
-    (pad,) = trunk.pads
-    assert pad.value == (0, 0, 0, 0, 8, 8)
+    trunk = max(free(model, example), key=lambda g: len(g.counts))
+    (pad,) = trunk.counts
+    front, back = pad.value[4:]
+    assert (pad.value[:4], len(front), len(back)) == ((0, 0, 0, 0), 8, 8)
     kept = np.ones(trunk.units, dtype=bool)
-    kept[pad.front[:3]] = kept[pad.back[:5]] = False
+    kept[front[:3]] = kept[back[:5]] = False
     cut(model, trunk, kept)
     assert list(ledger(model).constants[pad.site].values()) == [[0, 0, 0, 0, 5, 3]]
     output(model, example)
@@ -369,30 +364,226 @@ class Attention(nn.Module):
         return self.down(F.gelu(self.up(x)))
 
 
+class Gpt(nn.Module):
+    """One matrix for queries, keys and values, split by a size and cut into heads by a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.heads, self.width = 4, 16
+        self.inp, self.norm = nn.Linear(5, 16), nn.LayerNorm(16)
+        self.qkv, self.proj, self.out = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.register_buffer("past", torch.tril(torch.ones(1, 1, 8, 8)))
+
+    def forward(self, x):
+        x = self.inp(x)
+        b, t, c = x.size()
+        q, k, v = self.qkv(self.norm(x)).split(self.width, dim=2)
+        q = q.view(b, t, self.heads, c // self.heads).transpose(1, 2)
+        k = k.view(b, t, self.heads, c // self.heads).transpose(1, 2)
+        v = v.view(b, t, self.heads, c // self.heads).transpose(1, 2)
+        scores = (q @ k.transpose(-2, -1)) / 2
+        scores = scores.masked_fill(self.past[:, :, :t, :t] == 0, float("-inf"))
+        y = torch.softmax(scores, dim=-1) @ v
+        return self.out(x + self.proj(y.transpose(1, 2).contiguous().view(b, t, c)))
+
+
+class Windows(nn.Module):
+    """Queries, keys and values in one reshape; a bias of positions for each head; a class token."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.qkv, self.proj = nn.Linear(5, 12), nn.Linear(12, 36), nn.Linear(12, 12)
+        self.token = nn.Parameter(torch.randn(1, 1, 12))
+        self.places = nn.Parameter(torch.randn(1, 7, 12))
+        self.scale = nn.Parameter(torch.rand(12))
+        self.table = nn.Parameter(torch.randn(13, 3))
+        self.register_buffer("index", torch.arange(49).reshape(7, 7) % 13)
+        self.norm, self.out = nn.LayerNorm(12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.inp(x)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1) + self.places
+        b, n, c = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, n, 3, 3, c // 3).permute(2, 0, 3, 1, 4)
+        bias = self.table[self.index.view(-1)].view(n, n, -1).permute(2, 0, 1)
+        y = (q @ k.transpose(-2, -1) + bias.unsqueeze(0)).softmax(dim=-1) @ v
+        x = x + self.scale * self.proj(y.transpose(1, 2).reshape(b, n, c))
+        return self.out(x[:, 0])
+
+
+class SharedKeys(nn.Module):
+    """Two heads of queries for each head of keys and values, repeated as Llama does."""
+
+    def __init__(self, builtin):
+        super().__init__()
+        self.builtin = builtin
+        self.q, self.k, self.v = nn.Linear(5, 24), nn.Linear(5, 12), nn.Linear(5, 12)
+        self.out = nn.Linear(24, 4)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q = self.q(x).view(b, t, 6, 4).transpose(1, 2)
+        k, v = (each(x).view(b, t, 3, 4).transpose(1, 2) for each in (self.k, self.v))
+        if self.builtin:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            k = k[:, :, None].expand(b, 3, 2, t, 4).reshape(b, 6, t, 4)
+            v = v.repeat_interleave(2, dim=1)
+            y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer between two linear ones."""
+
+    def __init__(self, kind, **options):
+        super().__init__()
+        self.inp = nn.Linear(5, 8)
+        self.cell = kind(8, 6, batch_first=True, **options)
+        self.out = nn.Linear(12 if options.get("bidirectional") else 6, 4)
+
+    def forward(self, x):
+        return self.out(self.cell(torch.relu(self.inp(x)))[0])
+
+
+class Passed(nn.Module):
+    """The second recurrent layer starts from the first one's last state."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.GRU(5, 8, batch_first=True), nn.GRU(5, 8, batch_first=True)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(self.two(x, self.one(x)[1])[0])
+
+
+class Sliced(nn.Module):
+    """Halves by slices with numbers in the code; times and features flattened into one row."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(5, 12), nn.Linear(6, 7), nn.Linear(6 * 7, 4)
+
+    def forward(self, x):
+        y = self.one(x)
+        y = torch.tanh(y[..., :6]) * torch.sigmoid(y[:, :, 6:])
+        return self.out(self.two(y).relu().flatten(1))
+
+
+class LastState(nn.Module):
+    """The head reads the last hidden state."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTM(5, 6, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x):
+        _, (h, _) = self.cell(x)
+        return self.out(h[-1])
+
+
+class Parts(nn.Module):
+    """Pieces of unequal size, one of them used as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 12, 1), nn.Conv2d(4, 6, 3, padding=1)
+        self.out = nn.Conv2d(14, 4, 1)
+
+    def forward(self, x):
+        left, right = torch.split(self.one(x), [8, 4], dim=1)
+        return self.out(torch.cat([left, self.two(F.relu(right))], dim=1))
+
+
+class Products(nn.Module):
+    """Raw matrices, used by a product, an einsum and an addmm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(5, 8)), nn.Parameter(torch.randn(8, 6))
+        self.c, self.shift = nn.Parameter(torch.randn(6, 10)), nn.Parameter(torch.randn(10))
+        self.out = nn.Linear(10, 4)
+
+    def forward(self, x):
+        y = torch.einsum("btc,cd->btd", torch.relu(x @ self.a), self.b)
+        return self.out(torch.addmm(self.shift, torch.relu(y).view(-1, 6), self.c).relu())
+
+
+class PoolsChannels(nn.Module):
+    """A pool that runs over the channels, as they stand last."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.out = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(F.avg_pool2d(self.one(x), 3, 1, 1))
+
+
+def upscaled():
+    return nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 4, 1))
+
+
 ROWS = (torch.randn(2, 3, generator=torch.Generator().manual_seed(0)),)
 SEQUENCE = (torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)),)
 CUTTABLE = {
     "squeeze and excitation": (Excite, IMAGE, ["conv (+1)", "down"]),
-    "features in the code": (LeNet, IMAGE, ["conv1", "fc1"]),
+    "features in the code": (LeNet, IMAGE, ["conv1", "conv2", "fc1"]),
     "module called twice": (Twice, IMAGE, ["inp (+1)"]),
-    "uncommon layers": (Everything, IMAGE, ["one (+3)", "up.weight", "row"]),
+    "uncommon layers": (Everything, IMAGE, ["one (+1)", "up", "row"]),
     "torch's attention": (Attention, SEQUENCE, ["up"]),
-    "channel shuffle": (Shuffle, IMAGE, ["one", "three"]),
+    "channel shuffle": (Shuffle, IMAGE, ["one", "two (+1)"]),
     "tied parameter": (Shared, SEQUENCE, ["inp (+1)"]),
-}
+    "halves": (Chunks, IMAGE, ["one"]),
+    "unequal parts": (Parts, IMAGE, ["one (+1)"]),
+    "group norm": (lambda: Normed(nn.GroupNorm(4, 16)), IMAGE, ["one"]),
+    "group norm without weights": (
+        lambda: Normed(nn.GroupNorm(4, 16, affine=False)), IMAGE, ["one"]
+    ),
+    "instance norm": (lambda: Normed(nn.InstanceNorm2d(16, affine=True)), IMAGE, ["one"]),
+    "a bound for each channel": (Bounded, IMAGE, ["one"]),
+    "heads of a GPT": (Gpt, SEQUENCE, ["qkv"]),
+    "heads with a bias": (Windows, SEQUENCE, ["qkv"]),
+    "shared keys": (lambda: SharedKeys(False), SEQUENCE, ["q (+2)"]),
+    "shared keys inside torch": (lambda: SharedKeys(True), SEQUENCE, ["q (+2)"]),
+    "lstm": (lambda: Recurrent(nn.LSTM), SEQUENCE, ["inp", "cell"]),
+    "gru both ways": (
+        lambda: Recurrent(nn.GRU, bidirectional=True), SEQUENCE, ["inp", "cell"]
+    ),
+    "two layers without bias": (
+        lambda: Recurrent(nn.LSTM, num_layers=2, bias=False), SEQUENCE, ["inp", "cell"]
+    ),
+    "first state": (Passed, SEQUENCE, ["one (+1)"]),
+    "slices": (Sliced, SEQUENCE, ["one", "two"]),
+    "last state": (LastState, SEQUENCE, ["cell"]),
+    "raw matrices": (Products, SEQUENCE, ["a", "b", "c"]),
+    "weight read elsewhere": (Tied, ROWS, ["one (+1)"]),
+    "pixel shuffle": (upscaled, IMAGE, ["0"]),
+}  # fmt: skip
 LEFT_ALONE = {
-    "halves": (Chunks, IMAGE, "chunk"),
-    "group norm": (lambda: Normed(nn.GroupNorm(4, 16)), IMAGE, "GroupNorm"),
     "layer norm over channels": (
         lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 4)),
         SEQUENCE,
         "LayerNorm",
     ),
-    "instance norm": (lambda: Normed(nn.InstanceNorm2d(16)), IMAGE, "instance_norm"),
-    "a bound for each channel": (Bounded, IMAGE, "clamp"),
     "mean over everything": (Total, IMAGE, "a reduction over channels"),
-    "weight read elsewhere": (Tied, ROWS, "one.weight"),
-}
+    "pool over channels": (PoolsChannels, SEQUENCE, "avg_pool2d along its channels"),
+    "last states of two layers": (
+        lambda: LastStates(), SEQUENCE, "the last states of several layers"
+    ),
+}  # fmt: skip
+
+
+class LastStates(nn.Module):
+    """The head reads the last hidden state of the second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.LSTM(5, 6, num_layers=2, batch_first=True), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.out(self.cell(x)[1][0][-1])
 
 
 @pytest.mark.parametrize("make, example, cuttable", CUTTABLE.values(), ids=CUTTABLE.keys())
@@ -434,15 +625,15 @@ def test_grouped_convolutions_keep_equal_groups():
 
 
 def test_labels_are_merged_and_reasons_kept():
-    union = channels.Union()
+    union = coupling.Union()
     a, b, c = union.fresh(2), union.fresh(2), union.fresh(2)
     union.fix(c, "because")
     union.merge(a, b)
     assert union.find(int(a[0])) == union.find(int(b[0])) != union.find(int(a[1]))
     union.merge(b, c)
     assert union.reasons[union.find(int(a[0]))] == "because"
-    union.merge(a, np.array([channels.FIXED, channels.FIXED]))
-    assert union.find(int(a[0])) == union.find(channels.FIXED)
+    union.merge(a, np.array([coupling.FIXED, coupling.FIXED]))
+    assert union.find(int(a[0])) == union.find(coupling.FIXED)
 
 
 @pytest.mark.parametrize(
@@ -455,4 +646,38 @@ def test_labels_are_merged_and_reasons_kept():
     ],
 )
 def test_reshapes_split_into_runs_of_equal_size(before, after, runs):
-    assert channels._factors(before, after) == runs
+    assert coupling.factors(before, after) == runs
+
+
+@pytest.mark.parametrize(
+    "options", [{"batch_first": True}, {"kdim": 6, "vdim": 7}, {"bias": False}]
+)
+@pytest.mark.parametrize("weights", [True, False])
+def test_attention_unfolds_to_the_same_function(options, weights):
+    torch.manual_seed(0)
+    whole = nn.MultiheadAttention(16, 4, **options).eval()
+    holder = nn.ModuleDict({"attention": whole})
+    assert surgery.unfold_attention(holder) == ["attention"]
+    length, batch = (3, 5) if options.get("batch_first") else (5, 3)
+    mask = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
+    inputs = [torch.randn(length, batch, c) for c in (16, whole.kdim, whole.vdim)]
+    padded = torch.zeros(3, 5, dtype=torch.bool)
+    padded[:, 4] = True
+    for how in ({}, {"attn_mask": mask}, {"attn_mask": mask, "key_padding_mask": padded}):
+        want = whole(*inputs, need_weights=weights, **how)
+        got = holder["attention"](*inputs, need_weights=weights, **how)
+        torch.testing.assert_close(got[0], want[0])
+        assert (got[1] is None) == (want[1] is None)
+        if weights:
+            torch.testing.assert_close(got[1], want[1])
+
+
+def test_heads_of_an_unfolded_encoder_are_cut():
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.Sequential(nn.Linear(5, 16), layer, nn.Linear(16, 4)).eval()
+    want = output(model, SEQUENCE)
+    assert surgery.unfold_attention(model) == ["1.self_attn"]
+    torch.testing.assert_close(output(model, SEQUENCE), want)
+    assert [g.name for g in free(model, SEQUENCE)] == ["1.self_attn.query (+2)", "1.linear1"]
+    check_cut_equals_mask(model, SEQUENCE)

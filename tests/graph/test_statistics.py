@@ -207,3 +207,39 @@ def test_a_network_without_batchnorm_has_nothing_to_reestimate():
 def test_values_that_are_not_finite_are_refused(value):
     with pytest.raises(BadInput, match=r"NaN or infinite values in the calibration data"):
         Histogram().add(torch.tensor([0.0, value]))
+
+
+LAYERS = {
+    "plain": nn.Conv2d(4, 6, 3, padding=1),
+    "strided, dilated": nn.Conv2d(4, 6, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(0, 3)),
+    "grouped": nn.Conv2d(4, 6, 3, groups=2, padding="same"),
+    "depthwise": nn.Conv2d(4, 8, 3, groups=4, padding=1, padding_mode="circular"),
+    "one dimension": nn.Conv1d(4, 6, 5, padding="same"),
+    "three dimensions": nn.Conv3d(4, 6, (1, 2, 3), padding=(0, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS.keys())
+def test_windows_times_filters_is_the_convolution(layer):
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, *[5, 6, 7][: layer.weight.ndim - 2])
+    with torch.no_grad():
+        rows = statistics.windows(x, layer)
+        filters = layer.weight.flatten(1).unflatten(0, (layer.groups, -1))
+        made = torch.einsum("gnd,gfd->gfn", rows, filters).flatten(0, 1) + layer.bias[:, None]
+        want = layer(x).movedim(1, 0).flatten(1)
+    torch.testing.assert_close(made, want, rtol=1e-4, atol=1e-5)
+
+
+def test_second_moments_are_those_of_all_that_was_read():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, groups=1), nn.Flatten(), nn.Linear(16, 2)).eval()
+    batches = [(torch.randn(5, 3, 4, 4), None) for _ in range(3)]
+    found = statistics.second_moments(model, batches)
+    rows = torch.cat([statistics.windows(x, model[0])[0] for x, _ in batches])
+    torch.testing.assert_close(found["0"], (rows.T @ rows / len(rows))[None])
+    with torch.no_grad():
+        flat = torch.cat([model[:2](x) for x, _ in batches])
+    torch.testing.assert_close(found["2"], (flat.T @ flat / len(flat))[None])
+    few = statistics.second_moments(model, batches, examples=5)["2"]
+    torch.testing.assert_close(few, (flat[:5].T @ flat[:5] / 5)[None])

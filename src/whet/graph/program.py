@@ -80,7 +80,9 @@ def describe(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor
     constants: dict[str, Tensor] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder":
-            if names.get(node.name) in kept:
+            if node.name in signature.inputs_to_parameters:
+                nodes.append([node.name, "weight", names[node.name]])
+            elif names.get(node.name) in kept:
                 nodes.append([node.name, "tensor", names[node.name]])
             elif node.name in names:
                 constants[node.name] = program.constants[names[node.name]]  # type: ignore[assignment]
@@ -318,7 +320,7 @@ class Stored(nn.Module):
         calls: the calls in order.
         outputs: what it returns, flattened.
         template: how the outputs nest.
-        buffers: the buffer that holds each weight.
+        places: the parameter or buffer that holds each weight.
     """
 
     def __init__(
@@ -327,11 +329,11 @@ class Stored(nn.Module):
         calls: list[_Call],
         outputs: list[Any],
         template: Any,
-        buffers: dict[str, str],
+        places: dict[str, str],
     ) -> None:
         super().__init__()
         self.inputs, self.calls, self.outputs = inputs, calls, outputs
-        self.template, self.names = template, buffers
+        self.template, self.names = template, places
         self.eval()
 
     def forward(self, *inputs: Any) -> Any:
@@ -366,8 +368,10 @@ def build(
             raise _refuse(f"it makes {name!r} twice")
         if kind == "input":
             inputs.append(name)
-        elif kind == "tensor":
+        elif kind in ("weight", "tensor"):
             held[name] = tensors[rest[0]]
+            if kind == "weight" and held[name].is_floating_point():
+                held[name] = nn.Parameter(held[name])  # torch chooses kernels by what trains
         elif kind == "constant":
             held[name] = constants[name]
         else:
@@ -381,5 +385,8 @@ def build(
     places = {name: f"t{k}" for k, name in enumerate(held)}
     network = Stored(inputs, _freeing(calls, outputs), outputs, template, places)
     for name, tensor in held.items():
-        network.register_buffer(places[name], tensor)
+        if isinstance(tensor, nn.Parameter):
+            network.register_parameter(places[name], tensor)
+        else:
+            network.register_buffer(places[name], tensor)
     return network

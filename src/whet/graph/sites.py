@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, MethodType
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.traceback import annotate, preserve_node_meta
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
@@ -36,6 +37,47 @@ def operation(function: Callable[..., Any]) -> str:
     """One name for `torch.add`, `Tensor.__iadd__`, `Tensor.add_` and the like."""
     name = getattr(function, "__name__", type(function).__name__).strip("_")
     return ALIASES.get(name, name)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A call as the user's code made it.
+
+    Args:
+        site: its name.
+        op: the operation.
+        args: its arguments, with None for tensors; likewise `kwargs`.
+    """
+
+    site: str
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def key(self, place: int, *names: str) -> str | None:
+        """How `corrected` finds the argument at `place`, or by one of its names."""
+        if len(self.args) > place:
+            return str(place)
+        return next((name for name in names if name in self.kwargs), None)
+
+    def size_key(self, place: int, position: int) -> str | None:
+        """The same for one number of a list of sizes, given one by one or as a list."""
+        if len(self.args) > place and not isinstance(self.args[place], (tuple, list)):
+            return str(place + position)
+        found = self.key(place, "shape", "size", "sizes")
+        return None if found is None else f"{found}.{position}"
+
+    def slice_key(self, dim: int, rank: int) -> tuple[str, slice] | None:
+        """The same for the slice along `dim` in x[...], x of `rank` dimensions, and that slice."""
+        index = self.args[1] if len(self.args) == 2 else None
+        entries = index if isinstance(index, tuple) else (index,)
+        spent = sum(entry is not None and entry is not Ellipsis for entry in entries)
+        at = 0
+        for k, entry in enumerate(entries):
+            if isinstance(entry, slice) and at == dim:
+                return (f"1.{k}" if isinstance(index, tuple) else "1"), entry
+            at += rank - spent if entry is Ellipsis else int(entry is not None)
+        return None
 
 
 class SiteMode(TorchFunctionMode):
@@ -105,24 +147,66 @@ class SiteMode(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if site in self.book.constants:
             args, kwargs = corrected(self.book.constants[site], args, kwargs)
-        return self.made(site, op, args + tuple(kwargs.values()), func(*args, **kwargs))
+        calls = _running.__dict__.get("calls")
+        if calls is None:
+            out = func(*args, **kwargs)
+        else:
+            calls[site] = Recorded(
+                site, op, _bare(args), dict(zip(kwargs, _bare(kwargs.values()), strict=True))
+            )
+            with annotate({"site": site}):
+                out = func(*args, **kwargs)
+        return self.made(site, op, args + tuple(kwargs.values()), out)
 
 
 def corrected(
     constants: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put corrected constants, by position or name, in the arguments of a call."""
-    changed = list(args)
+    """Put corrected constants in the arguments of a call.
+
+    A key is a position or a name, and behind it ".k" where only the k-th entry of a list is
+    another one, ".start" or ".stop" where only an end of a slice is.
+    """
+    changed, named = list(args), dict(kwargs)
     for key, value in constants.items():
-        name, position = key.split("@")
-        if int(position) < len(changed):
-            changed[int(position)] = value
-        else:
-            kwargs[name] = value
-    return tuple(changed), kwargs
+        name, *way = key.split(".")
+        holder: Any = changed if name.isdigit() else named
+        at = int(name) if name.isdigit() else name
+        holder[at] = _replaced(holder[at] if way else None, way, value)
+    return tuple(changed), named
 
 
-_running = threading.local()  # the modes that are on, innermost last
+def _replaced(old: Any, way: list[str], new: Any) -> Any:
+    """`old` with `new` at the end of the way."""
+    if not way:
+        return new
+    first, *rest = way
+    if isinstance(old, slice):
+        ends = {"start": old.start, "stop": old.stop} | {first: new}
+        return slice(ends["start"], ends["stop"], old.step)
+    entries = list(old)
+    entries[int(first)] = _replaced(entries[int(first)], rest, new)
+    return tuple(entries)
+
+
+def _bare(values: Iterable[Any]) -> tuple[Any, ...]:
+    return tuple(None if torch.is_tensor(value) else value for value in values)
+
+
+# `modes`: those that are on, innermost last; `calls`: where calls are recorded, if they are
+_running = threading.local()
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, Recorded]]:
+    """Record every call by its site, and write its site on the nodes that tracing makes of it."""
+    calls: dict[str, Recorded] = {}
+    _running.__dict__["calls"] = calls
+    try:
+        with preserve_node_meta():
+            yield calls
+    finally:
+        del _running.__dict__["calls"]
 
 
 @contextmanager

@@ -152,6 +152,63 @@ def input_means(
     return {path: (total / seen[path]).float() for path, total in sums.items()}
 
 
+def second_moments(
+    model: nn.Module, batches: Batches, examples: int | None = None
+) -> dict[str, Tensor]:
+    """E[x x^T] of what each filter of the convolutions and linear layers reads, by module path.
+
+    Returns:
+        [groups, d, d] for each layer that ran, with d the number of weights of one filter.
+    """
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+
+    def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
+        path = site.rpartition("/")[0]
+        if op not in ("linear", "conv1d", "conv2d", "conv3d") or not isinstance(args[0], Tensor):
+            return
+        layer = model.get_submodule(path)
+        if isinstance(layer, nn.Linear):
+            rows = args[0].detach().reshape(1, -1, args[0].shape[-1])
+        elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            rows = windows(args[0].detach(), layer)
+        else:
+            return
+        moment = rows.transpose(1, 2) @ rows
+        sums[path] = moment.double() + sums.get(path, 0.0)
+        seen[path] = seen.get(path, 0) + rows.shape[1]
+
+    sweep(model, batches, show, examples)
+    return {path: (total / seen[path]).float() for path, total in sums.items()}
+
+
+def windows(x: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
+    """What each filter of a convolution reads at each place.
+
+    Args:
+        x: the input, [batch, channels, ...].
+        layer: the convolution.
+
+    Returns:
+        [groups, batch * places, d] with d = channels / groups * prod(kernel_size).
+    """
+    if isinstance(layer.padding, str):
+        reach = [d * (k - 1) for k, d in zip(layer.kernel_size, layer.dilation, strict=True)]
+        pairs = [(r // 2, r - r // 2) if layer.padding == "same" else (0, 0) for r in reach]
+    else:
+        pairs = [(p, p) for p in layer.padding]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    x = nn.functional.pad(x, [edge for pair in reversed(pairs) for edge in pair], mode=mode)
+    for dim, (k, s, d) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        x = x.unfold(dim, d * (k - 1) + 1, s)[..., ::d]
+    places, groups = x.ndim // 2 - 1, layer.groups
+    x = x.unflatten(1, (groups, -1)).movedim(1, 0)  # [groups, batch, channels, places, kernel]
+    x = x.movedim(2, 2 + places)  # the channels stand in front of the kernel
+    return x.flatten(3 + places - 1, -1).flatten(1, -2)
+
+
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Batches, examples: int | None = None) -> int:
     """Set every BatchNorm's running statistics to the mean over `batches`.

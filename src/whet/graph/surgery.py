@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from whet import packed
 from whet.errors import Damaged, Refused, nearest
 from whet.graph import sites
+from whet.graph.attention import Attention, unfolded
 from whet.graph.ledger import Edit, Grid, ledger
 
 # what an edit raises on a network, or by a description, that it does not fit
@@ -28,7 +29,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # modules whose stated sizes are corrected after a cut
-SIZED = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *NORMS, nn.PReLU, nn.Embedding)
+INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+SIZED = (
+    nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *NORMS, nn.GroupNorm, *INSTANCE_NORMS, nn.PReLU,
+    nn.Embedding, *RECURRENT,
+)  # fmt: skip
 OPTIONS = frozenset(
     ["bias", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
 )
@@ -56,6 +62,8 @@ def take(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
         # depthwise layers lose whole groups, grouped ones as many filters of each
         each = module.out_channels // module.groups
         module.groups = len({k // each for k in keep})
+    elif isinstance(module, TRANSPOSED) and leaf == "weight" and dim == 0 and module.groups > 1:
+        module.groups = len(keep)
     index = torch.tensor(keep, dtype=torch.long)
     form = packed.form_of(module, leaf)
     if form is not None:
@@ -92,6 +100,16 @@ def _correct_sizes(module: nn.Module) -> None:
     elif isinstance(module, NORMS):
         known = module.weight if module.weight is not None else module.running_mean
         module.num_features = len(known) if known is not None else module.num_features
+    elif isinstance(module, nn.GroupNorm):
+        module.num_groups = module.num_groups * len(module.weight) // module.num_channels
+        module.num_channels = len(module.weight)
+    elif isinstance(module, RECURRENT):
+        own = dict(module.named_parameters())
+        module.input_size = own["weight_ih_l0"].shape[1]
+        module.hidden_size = own["weight_hh_l0"].shape[1]
+        module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    elif isinstance(module, INSTANCE_NORMS):
+        module.num_features = len(module.weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, nn.Embedding):
@@ -126,6 +144,19 @@ def describe(module: nn.Module) -> dict[str, Any]:
         return {"type": kind, "children": [describe(child) for child in module]}
     if isinstance(module, nn.Identity):
         return {"type": kind}
+    if isinstance(module, Attention):
+        return {
+            "type": kind,
+            "query": module.query.in_features,
+            "key": module.key.in_features,
+            "value": module.value.in_features,
+            "heads": module.query.out_features // module.size,
+            "size": module.size,
+            "out": module.out.out_features,
+            "bias": module.out.bias is not None,
+            "batch_first": module.batch_first,
+            "dropout": module.dropout,
+        }
     raise TypeError(f"surgery does not place modules of type {kind}")
 
 
@@ -140,10 +171,14 @@ def construct(spec: Mapping[str, Any]) -> nn.Module:
         return nn.Identity()
     if kind == "Sequential":
         return nn.Sequential(*[construct(child) for child in spec["children"]])
+    if kind == "Attention":
+        return Attention(**{k: v for k, v in spec.items() if k != "type"})
     classes = {c.__name__: c for c in (nn.Linear, *CONVOLUTIONS)}
     if kind not in classes:
         raise Damaged(
-            "replay an edit", f"it places a {kind!r}", nearest(str(kind), [*classes, "Identity"])
+            "replay an edit",
+            f"it places a {kind!r}",
+            nearest(str(kind), [*classes, "Identity", "Attention"]),
         )
     sizes = int(spec["in"]), int(spec["out"])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
@@ -155,6 +190,9 @@ def construct(spec: Mapping[str, Any]) -> nn.Module:
 
 def elements(spec: Mapping[str, Any]) -> int:
     """How many weights the module has that `spec` describes."""
+    if spec.get("type") == "Attention":
+        sides = sum(int(spec[name]) for name in ("query", "key", "value", "out"))
+        return (sides + 4) * int(spec["heads"]) * int(spec["size"])
     inside = sum(elements(child) for child in spec.get("children", ()))
     edges = math.prod(int(edge) for edge in spec.get("kernel_size", ()))
     across = int(spec.get("in", 0)) * int(spec.get("out", 0)) * edges
@@ -182,8 +220,27 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     ledger(model).edits.append(Edit("replace", path, spec))
 
 
+def unfold_attention(model: nn.Module) -> list[str]:
+    """Give every MultiheadAttention layers of its own, so that its heads can be cut.
+
+    Returns:
+        The paths of those that were replaced. One that is packed, that is the whole network or
+        that adds keys of its own stays as it is.
+    """
+    found = []
+    for path, module in list(model.named_modules()):
+        if not isinstance(module, nn.MultiheadAttention) or module is model:
+            continue
+        packs = [form for form in module.modules() if isinstance(form, packed.Packed)]
+        twin = None if packs else unfolded(module)
+        if twin is not None:
+            replace(model, path, twin)
+            found.append(path)
+    return found
+
+
 def set_constant(model: nn.Module, site: str, argument: str, value: Any) -> None:
-    """Give the call at `site` another constant; `argument` is "name@position"."""
+    """Give the call at `site` another constant; `argument` as `sites.corrected` reads it."""
     ledger(model).constants.setdefault(site, {})[argument] = value
     sites.activate(model)
 

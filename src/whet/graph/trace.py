@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from whet import packed
 from whet.errors import BadInput
+from whet.graph import sites
 
 
 def baked(model: nn.Module) -> tuple[nn.Module, dict[str, packed.Packed]]:
@@ -58,11 +59,17 @@ class Trace:
         program: what torch.export gave.
         tensors: parameter or buffer name of each placeholder node that stands for one.
         inputs: the placeholder nodes that are the network's own inputs.
+        calls: what the network's code called, by site.
     """
 
     program: ExportedProgram
     tensors: dict[str, str]
     inputs: tuple[str, ...]
+    calls: dict[str, sites.Recorded]
+
+    def call(self, node: Node) -> sites.Recorded | None:
+        """The call in the network's code that made `node`, if it can be corrected there."""
+        return self.calls.get((node.meta.get("custom") or {}).get("site", ""))
 
     @property
     def nodes(self) -> list[Node]:
@@ -72,10 +79,13 @@ class Trace:
 
 def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     """Trace `model` as it would be deployed (forms as plain weights, eval mode)."""
-    program = export(baked(model)[0], example)
+    twin, _ = baked(model)
+    sites.activate(twin)
+    with sites.recorded() as calls:
+        program = export(twin, example)
     signature = program.graph_signature
     tensors = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    return Trace(program, tensors, tuple(signature.user_inputs))  # type: ignore[arg-type]
+    return Trace(program, tensors, tuple(signature.user_inputs), calls)  # type: ignore[arg-type]
 
 
 def macs(model: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:

@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from whet.technique import ChannelTechnique
+from whet.technique import FilterTechnique
 
 
-class L1Filters(ChannelTechnique):
+class L1Filters(FilterTechnique):
     """Remove the share `amount` of the channels of every coupled group, lowest L1 norm first."""
 
     def score(self, filters: Tensor) -> Tensor:
