@@ -73,6 +73,7 @@ class Technique(BaseModel):
         wants: forms that must be there before it.
         spoils: forms it would break, so it must come before the step that makes them.
         tiny: knobs that suit the tiny networks of the conformance kit.
+        ladder: for a probe, values of its knobs from mild to strong.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,6 +83,11 @@ class Technique(BaseModel):
     wants: ClassVar[frozenset[type]] = frozenset()
     spoils: ClassVar[frozenset[type]] = frozenset()
     tiny: ClassVar[dict[str, Any]] = {}
+    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {}
+
+    def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
+        """Where it can act alone, as its knob `only` takes it: nowhere, by default."""
+        return []
 
     @abstractmethod
     def apply(self, work: Work) -> None:
@@ -98,6 +104,7 @@ class Technique(BaseModel):
 
 
 Skip = Annotated[tuple[str, ...], Field(description="module paths to leave alone; * matches any")]
+Only = Annotated[tuple[str, ...], Field(description="module paths to work on; empty for all")]
 
 
 def skipped(path: str, patterns: tuple[str, ...]) -> bool:
@@ -105,53 +112,71 @@ def skipped(path: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(path, p) or path.startswith(f"{p}.") for p in patterns)
 
 
-def weights(model: nn.Module, skip: tuple[str, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+def weights(
+    model: nn.Module, skip: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
     """Every linear and convolutional layer with its path."""
     for path, module in model.named_modules():
-        if isinstance(module, MATMULS) and not skipped(path, skip):
+        wanted = not only or skipped(path, only)
+        if isinstance(module, MATMULS) and wanted and not skipped(path, skip):
             yield path, module
 
 
-class WeightTechnique(Technique):
-    """A rung: one dense weight in, one form out."""
+class LayerTechnique(Technique):
+    """A rung below others: it works on the weights of linear and convolutional layers."""
 
     skip: Skip = ()
+    only: Only = ()
+
+    def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers to work on, with their paths.
+
+        Raises:
+            Refused: there is none.
+        """
+        found = list(weights(model, self.skip, self.only))
+        if not found:
+            raise Refused(
+                self.name, "no linear or convolutional layer is left to work on", "Drop it."
+            )
+        return found
+
+    def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
+        return [path for path, _ in weights(model, self.skip)]
+
+
+class WeightTechnique(LayerTechnique):
+    """A rung: one dense weight in, one form out."""
 
     @abstractmethod
     def pack(self, weight: Tensor) -> packed.Packed:
         """The form of `weight` [out, ...]."""
 
     def apply(self, work: Work) -> None:
-        layers = list(weights(work.model, self.skip))
-        if not layers:
-            raise Refused(self.name, "no linear or convolutional layer is left to pack", "Drop it.")
+        layers = self.layers(work.model)
         for done, (_, module) in enumerate(layers):
             packed.rewrite(module, "weight", self.pack)
             work.tell(done + 1, len(layers))
 
 
-class ScoreTechnique(Technique):
+class ScoreTechnique(LayerTechnique):
     """A rung: one score for each weight in; the lowest become zero."""
 
     makes: ClassVar[frozenset[type]] = frozenset({packed.Sparse})
+    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"amount": (0.5, 0.7, 0.8, 0.9, 0.95)}
 
     amount: Annotated[float, Field(ge=0, lt=1, description="share of the weights to zero")] = 0.5
     scope: Annotated[
         Literal["layer", "global"], Field(description="rank within each layer or over all")
     ] = "layer"
-    skip: Skip = ()
 
     @abstractmethod
     def score(self, weight: Tensor) -> Tensor:
         """How much each value of `weight` matters, same shape."""
 
     def apply(self, work: Work) -> None:
-        layers = list(weights(work.model, self.skip))
+        layers = self.layers(work.model)
         scores = {path: self._masked_score(module) for path, module in layers}
-        if not scores:
-            raise Refused(
-                self.name, "no linear or convolutional layer is left to prune", "Drop it."
-            )
         masks = keep(scores, self.amount, self.scope)
         if all(bool(mask.all()) for mask in masks.values()):
             raise Refused(
@@ -190,7 +215,7 @@ def split(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: p.reshape(t.shape) for (k, t), p in zip(like.items(), pieces, strict=True)}
 
 
-class CalibratedTechnique(Technique):
+class CalibratedTechnique(LayerTechnique):
     """A rung: one weight and the second moments of what it reads in, one form out.
 
     All moments are taken in one sweep, of the network as it was before the step.
@@ -199,7 +224,6 @@ class CalibratedTechnique(Technique):
     needs: ClassVar[frozenset[Need]] = frozenset({Need.STATISTICS})
 
     examples: Annotated[int, Field(ge=1, description="calibration examples")] = 256
-    skip: Skip = ()
 
     @abstractmethod
     def pack(self, weight: Tensor, moments: Tensor) -> packed.Packed:
@@ -212,9 +236,7 @@ class CalibratedTechnique(Technique):
         """
 
     def apply(self, work: Work) -> None:
-        layers = list(weights(work.model, self.skip))
-        if not layers:
-            raise Refused(self.name, "no linear or convolutional layer is left to pack", "Drop it.")
+        layers = self.layers(work.model)
         batches = work.task.statistics()
         assert batches is not None  # `needs` was checked before any work
         moments = statistics.second_moments(work.model, batches, self.examples)
@@ -234,6 +256,7 @@ class ChannelTechnique(Technique):
 
     spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, surgery.Grid})
     tiny: ClassVar[dict[str, Any]] = {"multiple_of": 2}
+    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"amount": (0.25, 0.5, 0.75)}
 
     amount: Annotated[float, Field(ge=0, lt=1, description="share of the channels to remove")] = 0.5
     amounts: Annotated[
@@ -247,6 +270,7 @@ class ChannelTechnique(Technique):
         int, Field(ge=1, le=256, description="channel counts are multiples of this")
     ] = 8
     skip: Skip = ()
+    only: Only = ()
     calibrate: Annotated[
         int, Field(ge=0, description="examples for new BatchNorm statistics; 0 leaves them")
     ] = 2048
@@ -298,7 +322,13 @@ class ChannelTechnique(Technique):
         work.notes.append(f"removed {removed} channel units.")
         refresh_batchnorm(work, self.calibrate)
 
+    def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
+        groups = [g for g in channels.find_groups(model, example) if not g.fixed]
+        return [group.paths[0] for group in groups if self._amount(group)]
+
     def _amount(self, group: channels.Group) -> float:
+        if self.only and not any(skipped(path, self.only) for path in group.paths):
+            return 0.0
         for pattern, amount in self.amounts.items():
             if any(skipped(path, (pattern,)) for path in group.paths):
                 return amount

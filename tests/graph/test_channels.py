@@ -10,7 +10,7 @@ from torch import nn
 
 from whet import packed
 from whet.graph import coupling, surgery
-from whet.graph.channels import Group, cut, find_groups
+from whet.graph.channels import Group, cut, find_groups, mask
 from whet.graph.ledger import ledger
 from whet.testing import NETWORKS, scramble
 
@@ -41,16 +41,6 @@ def random_choice(group: Group, seed: int) -> np.ndarray:
         mine = np.flatnonzero(group.kinds == kind)
         kept[chance.choice(mine, max(len(mine) // 2, 1), replace=False)] = True
     return kept
-
-
-@torch.no_grad()
-def mask(model, group: Group, kept: np.ndarray) -> None:
-    """Nobody reads the channels of `group` that are not kept: what removing them has to equal."""
-    for member in group.members:
-        if member.reads:
-            gone = sorted(set(range(len(member.units))) - set(member.positions(kept)))
-            weight = surgery.tensor_of(model, member.name)
-            weight.index_fill_(member.dim, torch.tensor(gone, dtype=torch.long), 0.0)
 
 
 def check_cut_equals_mask(model, example, groups=None):
@@ -196,7 +186,9 @@ def test_pads_of_a_shortcut_are_corrected():
     kept = np.ones(trunk.units, dtype=bool)
     kept[front[:3]] = kept[back[:5]] = False
     cut(model, trunk, kept)
-    assert list(ledger(model).constants[pad.site].values()) == [[0, 0, 0, 0, 5, 3]]
+    assert list(ledger(model).constants[pad.site].values()) == [
+        [[0, 0, 0, 0, 8, 8], [0, 0, 0, 0, 5, 3]]
+    ]
     output(model, example)
 
 
@@ -525,6 +517,105 @@ def upscaled():
     return nn.Sequential(nn.Conv2d(3, 16, 1), nn.PixelShuffle(2), nn.ReLU(), nn.Conv2d(4, 4, 1))
 
 
+class AlongChannels(nn.Module):
+    """A convolution whose kernel runs over the channels of the layer before."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(5, 16), nn.Conv2d(1, 8, 3, padding=1)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(F.relu(self.two(F.relu(self.one(x)).unsqueeze(1))).amax((2, 3)))
+
+
+class ChannelsAsSteps(nn.Module):
+    """A recurrent layer that takes channels for steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.cell = nn.Conv1d(6, 12, 3, padding=1), nn.GRU(5, 8, batch_first=True)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(self.cell(F.relu(self.one(x)))[0][:, -1])
+
+
+class AmongChannels(nn.Module):
+    """Attention whose sequence is the channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Conv1d(6, 8, 1) for _ in range(3))
+        self.out = nn.Conv1d(8, 4, 1)
+
+    def forward(self, x):
+        q, k, v = (each(x).unsqueeze(1) for each in (self.q, self.k, self.v))
+        return self.out(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+
+
+class Variance(nn.Module):
+    """A variance over everything, whose flag must not be read as a dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.out = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.one(x)
+        return self.out(x / x.var(unbiased=False))
+
+
+class ScaledByWidth(nn.Module):
+    """A number computed from the width, which no graph shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.out = nn.Linear(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.one(x)
+        return self.out(x / x.shape[-1] ** 0.5)
+
+
+class OneEach(nn.Module):
+    """A layer of its own for each channel."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Linear(5, 3)
+        self.each = nn.ModuleList(nn.Linear(1, 2) for _ in range(3))
+        self.out = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = self.one(x)
+        return self.out(torch.cat([f(x[..., k : k + 1]) for k, f in enumerate(self.each)], -1))
+
+
+class Converted(nn.Module):
+    """A change of type, on which torch.export puts a check."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(5, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.two(torch.relu(self.one(x)).float())))
+
+
+class LastStates(nn.Module):
+    """The head reads the last hidden state of the second layer, of both ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.LSTM(5, 6, num_layers=2, bidirectional=True, batch_first=True)
+        self.out = nn.Linear(12, 4)
+
+    def forward(self, x):
+        h = self.cell(x)[1][0]
+        return self.out(torch.cat([h[-2], h[-1]], 1))
+
+
 ROWS = (torch.randn(2, 3, generator=torch.Generator().manual_seed(0)),)
 SEQUENCE = (torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)),)
 CUTTABLE = {
@@ -555,6 +646,8 @@ CUTTABLE = {
         lambda: Recurrent(nn.LSTM, num_layers=2, bias=False), SEQUENCE, ["inp", "cell"]
     ),
     "first state": (Passed, SEQUENCE, ["one (+1)"]),
+    "last states both ways": (LastStates, SEQUENCE, ["cell"]),
+    "change of type": (Converted, SEQUENCE, ["one", "two"]),
     "slices": (Sliced, SEQUENCE, ["one", "two"]),
     "last state": (LastState, SEQUENCE, ["cell"]),
     "raw matrices": (Products, SEQUENCE, ["a", "b", "c"]),
@@ -569,21 +662,13 @@ LEFT_ALONE = {
     ),
     "mean over everything": (Total, IMAGE, "a reduction over channels"),
     "pool over channels": (PoolsChannels, SEQUENCE, "avg_pool2d along its channels"),
-    "last states of two layers": (
-        lambda: LastStates(), SEQUENCE, "the last states of several layers"
-    ),
+    "conv along channels": (AlongChannels, SEQUENCE, "a convolution along its channels"),
+    "channels as steps": (ChannelsAsSteps, SEQUENCE, "a recurrent layer along its channels"),
+    "attention among channels": (AmongChannels, SEQUENCE, "a softmax over channels"),
+    "variance of everything": (Variance, SEQUENCE, "a reduction over channels"),
+    "scaled by the width": (ScaledByWidth, SEQUENCE, "computes something else"),
+    "one of each kind": (OneEach, SEQUENCE, "one channel of each kind"),
 }  # fmt: skip
-
-
-class LastStates(nn.Module):
-    """The head reads the last hidden state of the second layer."""
-
-    def __init__(self):
-        super().__init__()
-        self.cell, self.out = nn.LSTM(5, 6, num_layers=2, batch_first=True), nn.Linear(6, 4)
-
-    def forward(self, x):
-        return self.out(self.cell(x)[1][0][-1])
 
 
 @pytest.mark.parametrize("make, example, cuttable", CUTTABLE.values(), ids=CUTTABLE.keys())
@@ -612,6 +697,23 @@ def test_what_cannot_be_cut_exactly_is_left_alone(make, example, reason):
     remaining = free(model, example)
     if remaining:
         check_cut_equals_mask(model, example, remaining)
+
+
+def test_a_size_is_corrected_only_where_it_stands():
+    """Another call at the same site, or a size read off the input, is left as it is."""
+    torch.manual_seed(0)
+    model = prepared(Gpt())
+    (group,) = free(model, SEQUENCE)
+    cut(model, group, np.arange(4) < 3)
+    numbers = ledger(model).constants
+    assert numbers["split:0"] == {"1": [16, [12, 12, 12]]}
+    assert numbers["view:0"] == {"3": [4, 3]}
+    cut(model, free(model, SEQUENCE)[0], np.arange(3) < 1)
+    assert numbers["split:0"] == {"1": [16, [4, 4, 4]]}
+    assert numbers["view:0"] == {"3": [4, 1]}
+    model.heads = 2  # no longer what was corrected
+    with pytest.raises(RuntimeError, match="invalid for input of size"):
+        output(model, SEQUENCE)
 
 
 def test_grouped_convolutions_keep_equal_groups():

@@ -202,7 +202,7 @@ def test_constants_are_corrected_by_position_and_by_name(by_name):
             return torch.mul(x, other=2.0) if by_name else torch.mul(x, 2.0)
 
     model = Times()
-    surgery.set_constant(model, "mul:0", "other" if by_name else "1", 5.0)
+    surgery.set_constant(model, "mul:0", "other" if by_name else "1", 2.0, 5.0)
     assert output(model, (torch.ones(1),)).tolist() == [5.0]
 
 
@@ -221,7 +221,7 @@ def test_one_number_of_a_size_is_corrected(call):
     (site,) = [site for site in calls if site in ("view:0", "reshape:0")]
     key = calls[site].size_key(1, 2)
     assert key == {"numbers": "3", "list": "1.2", "name": "shape.2"}[call]
-    surgery.set_constant(model, site, key, 5)
+    surgery.set_constant(model, site, key, 4, 5)
     assert output(model, (torch.ones(3, 10),)).shape == (3, 2, 5)
     assert output(model, (torch.ones(7, 10),)).shape == (7, 2, 5)
 
@@ -230,7 +230,7 @@ def test_a_corrected_pad_survives_export():
     model = Padded()
     x = torch.ones(1, 1, 4, 4)
     assert output(model, (x,)).shape == (1, 1, 8, 6)
-    surgery.set_constant(model, "pad:0", "1", [0, 3])
+    surgery.set_constant(model, "pad:0", "1", [1, 1], [0, 3])
     assert output(model, (x,)).shape == (1, 1, 8, 7)
     program = torch.export.export(baked(model)[0], (x,), strict=False)
     assert output(program.module(), (x,)).shape == (1, 1, 8, 7)

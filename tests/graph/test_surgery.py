@@ -163,7 +163,7 @@ def edited(model):
     surgery.replace(model, "7", nn.Sequential(nn.Linear(64, 2, bias=False), nn.Linear(2, 32)))
     surgery.replace(model, "8", nn.Identity())
     surgery.set_grids(model, {"9/linear:0": Grid(0.25, 8, 0, 15)})
-    surgery.set_constant(model, "2/max_pool2d:0", "ceil_mode", True)
+    surgery.set_constant(model, "2/max_pool2d:0", "ceil_mode", False, True)
     return model
 
 

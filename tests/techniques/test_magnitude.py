@@ -120,7 +120,7 @@ def test_a_share_that_is_none_is_refused(refuses):
 
 
 def test_a_network_without_layers_is_refused(refuses):
-    text = "Magnitude: no linear or convolutional layer is left to prune. Drop it."
+    text = "Magnitude: no linear or convolutional layer is left to work on. Drop it."
     refuses(tiny_task("plain_cnn"), Magnitude(skip=("*",)), text)
 
 

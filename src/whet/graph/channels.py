@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from whet.graph import surgery
 from whet.graph.coupling import FIXED, INPUT, Flow, Key, Sizes, Union, walk
-from whet.graph.trace import trace
+from whet.graph.trace import baked, trace
+from whet.task import tensors_in
+
+EQUAL = 1e-3  # relative, of what is computed in another order
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,13 @@ class Count:
     """A constant in the network's code that counts channels: a size, the zeros of a pad.
 
     Args:
-        site, key, single: as in `coupling.Sizes`.
+        site, key, old, single: as in `coupling.Sizes`.
         value: its numbers; where one counts channels, the unit of each (-1 for none).
     """
 
     site: str
     key: str
+    old: Any
     value: tuple[int | np.ndarray, ...]
     single: bool
 
@@ -142,7 +146,7 @@ def _group(flow: Flow, roots: dict[Key, list[int]]) -> Group:
 
     def count(sizes: Sizes) -> Count:
         value = tuple(units(v) if isinstance(v, np.ndarray) else v for v in sizes.value)
-        return Count(sizes.site, sizes.key, value, sizes.single)
+        return Count(sizes.site, sizes.key, sizes.old, value, sizes.single)
 
     members = tuple(
         Member(*key, units(ids), key in flow.makes, key in flow.reads)
@@ -159,48 +163,73 @@ def _group(flow: Flow, roots: dict[Key, list[int]]) -> Group:
 
 
 def find_groups(model: nn.Module, example: tuple[Any, ...]) -> list[Group]:
-    """The coupled channel groups of `model`, those left alone included, with the reason."""
-    groups = _gather(walk(trace(model, example)))
-    doubtful = [g for g in groups if not g.fixed and g.units > 1 and _doubtful(model, g)]
-    if not doubtful or not _misfit(model, example, doubtful):
+    """The coupled channel groups of `model`, those left alone included, with the reason.
+
+    Each was tried: the network without half of its units computes what it does with these masked.
+    """
+    groups = [_alone(g) for g in _gather(walk(trace(model, example)))]
+    tried = [group for group in groups if not group.fixed]
+    if not tried or not _misfit(model, example, tried):
         return groups
-    found = {id(g): _misfit(model, example, [g]) for g in doubtful}
-    return [_left_alone(g, found.get(id(g), "")) for g in groups]
+    found = {id(group): _misfit(model, example, [group]) for group in tried}
+    return [_left(g, found[id(g)]) if found.get(id(g)) else g for g in groups]
 
 
-def _doubtful(model: nn.Module, group: Group) -> bool:
-    """Whether the user's code may count on a size: sizes written into it, modules of its own."""
-    owners = [model.get_submodule(surgery.split_name(m.name)[0]) for m in group.members]
-    return bool(group.counts) or not all(isinstance(owner, surgery.SIZED) for owner in owners)
+def _alone(group: Group) -> Group:
+    """A group whose every unit is one of its kind offers no choice."""
+    lone = not group.fixed and np.bincount(group.kinds).max() < 2
+    return _left(group, "it has one channel of each kind") if lone else group
 
 
+def _left(group: Group, reason: str) -> Group:
+    return replace(group, units=0, kinds=group.kinds[:0], fixed=reason)
+
+
+@torch.no_grad()
 def _misfit(model: nn.Module, example: tuple[Any, ...], groups: list[Group]) -> str:
-    """Why the network's code does not bear a cut of these groups, or ""."""
-    twin = copy.deepcopy(model).eval()
+    """What goes wrong when half of the units of these groups are cut, or ""."""
+    small, masked = copy.deepcopy(model).eval(), baked(model)[0]
+    outputs = []
     try:
         for group in groups:
-            cut(twin, group, _fewest(group))
-        with torch.no_grad():
-            twin(*example)
+            kept = _half(group)
+            cut(small, group, kept)
+            mask(masked, group, kept)
+        for twin in (small, masked):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                outputs.append([t.double() for t in tensors_in(twin(*example))])
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return f"the network's code is written for all of its channels ({reason})"
+    for got, want in zip(*outputs, strict=True):
+        if got.shape != want.shape or not _far(got, want) < EQUAL:
+            return "without some of them the network computes something else than with these masked"
     return ""
 
 
-def _fewest(group: Group) -> np.ndarray:
-    """One unit less of each kind that has more than one."""
+def _far(got: Tensor, want: Tensor) -> float:
+    """RMS(got - want) / RMS(want)."""
+    size = want.square().mean().sqrt().clamp_min(1e-12)
+    return float((got - want).square().mean().sqrt() / size)
+
+
+def _half(group: Group) -> np.ndarray:
+    """Every other unit of each kind, so that a size that matters shows."""
     kept = np.ones(group.units, dtype=bool)
     for kind in np.unique(group.kinds):
-        mine = np.flatnonzero(group.kinds == kind)
-        kept[mine[:1]] = len(mine) < 2
+        kept[np.flatnonzero(group.kinds == kind)[1::2]] = False
     return kept
 
 
-def _left_alone(group: Group, reason: str) -> Group:
-    if not reason:
-        return group
-    words = f"the network's code is written for all of its channels ({reason})"
-    return replace(group, units=0, kinds=group.kinds[:0], fixed=words)
+@torch.no_grad()
+def mask(model: nn.Module, group: Group, kept: np.ndarray) -> None:
+    """Let nobody read the units that are not `kept`, in place; plain weights only."""
+    for member in group.members:
+        if member.reads:
+            gone = np.setdiff1d(np.arange(len(member.units)), member.positions(kept))
+            weight = surgery.tensor_of(model, member.name)
+            weight.index_fill_(member.dim, torch.from_numpy(gone), 0.0)
 
 
 def cut(model: nn.Module, group: Group, kept: np.ndarray) -> None:
@@ -209,4 +238,4 @@ def cut(model: nn.Module, group: Group, kept: np.ndarray) -> None:
         if (member.units >= 0).any():
             surgery.take(model, member.name, member.dim, member.positions(kept))
     for count in group.counts:
-        surgery.set_constant(model, count.site, count.key, count.after(kept))
+        surgery.set_constant(model, count.site, count.key, count.old, count.after(kept))

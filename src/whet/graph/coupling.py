@@ -74,12 +74,14 @@ class Sizes:
     Args:
         site: the call.
         key: which argument, as `sites.corrected` reads it.
+        old: the argument as it is.
         value: its numbers; where one counts channels, their labels.
         single: the argument is that one number, not a list.
     """
 
     site: str
     key: str
+    old: Any
     value: tuple[int | np.ndarray, ...]
     single: bool
 
@@ -126,7 +128,8 @@ class Flow:
         known = self.labels(node).get(dim)
         if known is None:
             known = self.union.fresh(shape(node)[dim])
-            self.union.fix(known, f"{node.name} has no known channels")
+            said = operator(node) if node.op == "call_function" else node.name
+            self.fix(node, [{dim: known}], f"{said} has no known channels")
         return known
 
     def join(self, node: Any, dim: int, labels: np.ndarray) -> None:
@@ -156,7 +159,7 @@ class Flow:
         """An argument of a call counts channels; one that cannot be reached fixes them."""
         call = self.trace.call(node)
         if call is not None and key is not None:
-            self.sizes.append(Sizes(call.site, key, tuple(value), one))
+            self.sizes.append(Sizes(call.site, key, call.value(key), tuple(value), one))
             return
         held = {k: v for k, v in enumerate(value) if isinstance(v, np.ndarray)}
         self.fix(node, [held], f"a size inside {operator(node)}")
@@ -202,6 +205,8 @@ def _convolution(flow: Flow, node: Node) -> Labels:
     channel = len(shape(node)) - len(shape(weight)) + 1
     channels, out = shape(x)[channel], shape(node)[channel]
     inner = flow.of(x, channel)
+    over = {d: ids for d, ids in flow.labels(x).items() if d > channel}
+    flow.fix(node, [over], "a convolution along its channels")
     o_dim, i_dim = (1, 0) if transposed else (0, 1)
     if groups == 1:
         outer = flow.of(weight, o_dim)
@@ -229,7 +234,8 @@ def _convolution(flow: Flow, node: Node) -> Labels:
         flow.mark(flow.reads, weight, 1)
         flow.join(weight, 1, inner[: channels // groups])
     flow.join(bias, 0, outer)
-    return {channel: outer}
+    rest = {d: ids for d, ids in flow.labels(x).items() if d < channel}
+    return rest | {channel: outer}
 
 
 def _linear(flow: Flow, node: Node) -> Labels:
@@ -299,6 +305,10 @@ def _attention(flow: Flow, node: Node) -> Labels:
         held = flow.labels(each).get(rank - 1)
         if held is not None:
             flow.fix(node, [{0: held}], "the size of a head, which scales its scores,")
+    for each in (k, v):
+        held = flow.labels(each).get(rank - 2)
+        if held is not None:
+            flow.fix(node, [{0: held}], "a softmax over channels")
     for dim in range(rank - 2):
         heads, mask = flow.labels(q).get(dim), _argument(node, 3, "attn_mask", None)
         shared = [flow.labels(each).get(dim) for each in (k, v)]
@@ -350,6 +360,8 @@ def _recurrent(flow: Flow, node: Node) -> Labels:
     layers, each = int(node.args[4]), 4 if node.args[3] else 2  # type: ignore[arg-type]
     first = inner = flow.of(x, len(shape(x)) - 1)
     gates, ways = {"lstm": 4, "gru": 3}.get(operator(node), 1), 2 if node.args[7] else 1
+    rest = {d: ids for d, ids in flow.labels(x).items() if d != len(shape(x)) - 1}
+    flow.fix(node, [rest], "a recurrent layer along its channels")
     if len(weights) != layers * ways * each:
         flow.fix(node, map(flow.labels, [x, *weights]), "a projected LSTM")
         return {}
@@ -377,11 +389,8 @@ def _recurrent(flow: Flow, node: Node) -> Labels:
             flow.union.merge(hidden, known)
         elif operator(state) not in ("zeros", "new_zeros"):
             flow.fix(node, [{0: hidden}], "a first state that is computed")
-    flow.parts[node.name] = [{len(shape(x)) - 1: inner}]
-    if layers * ways == 1:  # the last states of one layer have its channels
-        flow.parts[node.name] += [{len(shape(x)) - 1: inner}] * 2
-    elif any(user.args[1] != 0 and user.users for user in node.users):
-        flow.fix(node, [{0: inner}], "the last states of several layers in one tensor")
+    last = len(shape(x)) - 1  # every layer and way has the same hidden channels by now
+    flow.parts[node.name] = [{last: inner}, {last: outs[0]}, {last: outs[0]}]
     return {}
 
 
@@ -576,6 +585,8 @@ def _reduce(flow: Flow, node: Node) -> Labels:
         return _elementwise(flow, node)
     labels, rank = flow.labels(node.args[0]), len(shape(node.args[0]))
     dims = _argument(node, 2 if "norm" in operator(node) else 1, "dim", None)
+    if isinstance(dims, bool):  # var(x, unbiased)
+        dims = None
     dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
     values = node.meta["val"]  # max and its kin give values and places
     first = values[0] if isinstance(values, (tuple, list)) else values
@@ -718,6 +729,31 @@ def _expand(flow: Flow, node: Node) -> Labels:
     return made
 
 
+def _repeat(flow: Flow, node: Node) -> Labels:
+    """Copies along some dimensions; channels have to stand there once."""
+    times, before = list(node.args[1]), shape(node.args[0])  # type: ignore[arg-type]
+    labels, shift = flow.labels(node.args[0]), len(times) - len(before)
+    many = {d: ids for d, ids in labels.items() if times[d + shift] != 1 and before[d] != 1}
+    flow.fix(node, [many], "copies of its channels")
+    return {d + shift: ids for d, ids in labels.items() if times[d + shift] == 1}
+
+
+def _turned_round(flow: Flow, node: Node) -> Labels:
+    """roll and flip, which move what lies along some dimensions."""
+    place = 1 if operator(node) == "flip" else 2
+    dims = [int(d) % len(shape(node)) for d in _argument(node, place, "dims", [])]
+    dims = dims or list(range(len(shape(node))))
+    labels = flow.labels(node.args[0])
+    flow.fix(node, [{d: labels[d]} for d in dims if d in labels], f"{operator(node)} along them")
+    return labels
+
+
+def _sampled(flow: Flow, node: Node) -> Labels:
+    """Values taken from an image at places that another tensor gives."""
+    flow.fix(node, map(flow.labels, node.all_input_nodes[1:]), "places to sample at")
+    return {d: ids for d, ids in flow.labels(node.args[0]).items() if d < 2}
+
+
 def _repeat_interleave(flow: Flow, node: Node) -> Labels:
     times, dim = node.args[1], _argument(node, 2, "dim", None)
     if not isinstance(times, int) or dim is None:
@@ -815,7 +851,7 @@ def _unknown(flow: Flow, node: Node) -> Labels:
 ELEMENTWISE = (
     "add sub mul div maximum minimum add_ mul_ sub_ div_ where pow rsub masked_fill masked_fill_ "
     "eq ne lt gt le ge logical_and logical_or bitwise_and bitwise_or lerp clamp clamp_ clamp_min "
-    "clamp_max type_as"
+    "clamp_max type_as addcmul addcdiv fmod remainder atan2 logaddexp hypot copysign"
 )
 SAME = (
     "relu relu_ relu6 relu6_ silu silu_ gelu sigmoid sigmoid_ tanh tanh_ hardtanh hardtanh_ "
@@ -823,6 +859,8 @@ SAME = (
     "mish mish_ softplus softsign log_sigmoid threshold dropout dropout_ feature_dropout "
     "alpha_dropout exp abs neg sqrt rsqrt log sin cos erf reciprocal square round floor clone "
     "contiguous detach detach_ to alias _to_copy logical_not bitwise_not isnan lift_fresh_copy "
+    "log1p log2 log10 expm1 sign ceil trunc frac nan_to_num softshrink hardshrink tanhshrink tan "
+    "asin acos atan sinh cosh isfinite isinf "
     "fake_quantize_per_tensor_affine randn_like rand_like zeros_like ones_like full_like"
 )
 WINDOW = (
@@ -856,17 +894,22 @@ RULES: dict[str, Callable[[Flow, Node], Labels]] = {
     "pad": _pad,
     "slice": _slice,
     **dict.fromkeys(["mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm"], _reduce),
+    **dict.fromkeys(["var_mean", "std_mean"], _reduce),
     **dict.fromkeys(["linalg_vector_norm", "any", "all", "argmax"], _reduce),
     **dict.fromkeys(["softmax", "log_softmax", "_softmax"], _softmax),
     **dict.fromkeys(["flatten", "view", "reshape", "unsqueeze", "squeeze"], _reshape),
     **dict.fromkeys(["_unsafe_view", "unflatten"], _reshape),
     **dict.fromkeys(["expand", "expand_as"], _expand),
     "repeat_interleave": _repeat_interleave,
+    "repeat": _repeat,
+    **dict.fromkeys(["roll", "flip"], _turned_round),
+    **dict.fromkeys(["grid_sampler", "grid_sampler_2d", "grid_sampler_3d"], _sampled),
     **dict.fromkeys(PERMUTATIONS, _permute),
     **dict.fromkeys(["pixel_shuffle", "pixel_unshuffle"], _pixel_shuffle),
     "channel_shuffle": _channel_shuffle,
     "glu": _glu,
     **dict.fromkeys(["arange", "zeros", "ones", "full", "new_zeros", "new_ones"], _fresh),
+    "_assert_tensor_metadata": _fresh,
     **dict.fromkeys(ELEMENTWISE.split(), _elementwise),
     **dict.fromkeys(SAME.split(), _same),
     **dict.fromkeys(WINDOW.split(), _window),

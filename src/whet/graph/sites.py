@@ -67,6 +67,11 @@ class Recorded:
         found = self.key(place, "shape", "size", "sizes")
         return None if found is None else f"{found}.{position}"
 
+    def value(self, key: str) -> Any:
+        """The argument that a key names, a list for a tuple."""
+        name, *way = key.split(".")
+        return _plain(_found(self.args[int(name)] if name.isdigit() else self.kwargs[name], way))
+
     def slice_key(self, dim: int, rank: int) -> tuple[str, slice] | None:
         """The same for the slice along `dim` in x[...], x of `rank` dimensions, and that slice."""
         index = self.args[1] if len(self.args) == 2 else None
@@ -162,18 +167,35 @@ class SiteMode(TorchFunctionMode):
 def corrected(
     constants: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Put corrected constants in the arguments of a call.
+    """Put corrected constants, (old, new), in the arguments of a call.
 
-    A key is a position or a name, and behind it ".k" where only the k-th entry of a list is
-    another one, ".start" or ".stop" where only an end of a slice is.
+    Only an old one is changed: a size that the code reads off its input is right by itself, and
+    so is another call that happens to stand in this one's place. A key is a position or a name,
+    and behind it ".k" where only the k-th entry of a list is another one, ".start" or ".stop"
+    where only an end of a slice is.
     """
     changed, named = list(args), dict(kwargs)
-    for key, value in constants.items():
+    for key, (old, new) in constants.items():
         name, *way = key.split(".")
         holder: Any = changed if name.isdigit() else named
         at = int(name) if name.isdigit() else name
-        holder[at] = _replaced(holder[at] if way else None, way, value)
+        try:
+            fits = _plain(_found(holder[at], way)) == old
+        except (LookupError, AttributeError, TypeError):
+            continue
+        if fits:
+            holder[at] = _replaced(holder[at], way, new)
     return tuple(changed), named
+
+
+def _found(value: Any, way: list[str]) -> Any:
+    for part in way:
+        value = getattr(value, part) if isinstance(value, slice) else value[int(part)]
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _replaced(old: Any, way: list[str], new: Any) -> Any:

@@ -239,9 +239,10 @@ def unfold_attention(model: nn.Module) -> list[str]:
     return found
 
 
-def set_constant(model: nn.Module, site: str, argument: str, value: Any) -> None:
-    """Give the call at `site` another constant; `argument` as `sites.corrected` reads it."""
-    ledger(model).constants.setdefault(site, {})[argument] = value
+def set_constant(model: nn.Module, site: str, argument: str, old: Any, new: Any) -> None:
+    """Give the call at `site` another constant where it is `old`; see `sites.corrected`."""
+    known = ledger(model).constants.setdefault(site, {})
+    known[argument] = [known[argument][0] if argument in known else old, new]
     sites.activate(model)
 
 
@@ -284,8 +285,8 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
     if grids:
         set_grids(model, grids)
     for site, constants in book.get("constants", {}).items():
-        for argument, value in constants.items():
-            set_constant(model, site, argument, value)
+        for argument, (old, new) in constants.items():
+            set_constant(model, site, argument, old, new)
 
 
 @torch.no_grad()
