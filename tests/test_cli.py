@@ -480,6 +480,21 @@ def test_inspect(run: Run, here: Path):
     assert all(group.strip() for group in said["groups"])
 
 
+def test_probe(run: Run, here: Path, bad: Callable[..., None]):
+    known = ["probe", "t.py:task", "--technique", "Magnitude", "--examples", "16"]
+    status, out, err = run(*known, "--values", "0.5,0.9", "-o", "seen", "--json")
+    assert status == 0, err
+    said = json.loads(out)
+    assert [row["value"] for row in said["rows"]] == [0.5, 0.9] * 4
+    assert "8 tries on 16 validation examples each" in err
+    assert json.loads((here / "seen" / "probe.json").read_text()) == said
+    assert (here / "seen" / "probe.html").read_text().startswith("<!doctype html>")
+    status, out, err = run(*known, "--values", "0.5,0.9", "-o", "seen")
+    assert status == 0, err
+    assert "Magnitude" in out
+    bad(*known, "--values", "half", found="read --values half: it is not a list of numbers")
+
+
 @pytest.mark.parametrize("command", ["verify", "report"])
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"original": 1}'])
 def test_folders_that_are_no_result(

@@ -26,9 +26,11 @@ from rich.table import Table
 
 from whet import __version__, catalog, inspection, runner
 from whet import demo as demonstration
+from whet import probe as sensitivity
 from whet.errors import BadInput, WhetError
 from whet.optional import installed, version
 from whet.recipe import Recipe, built_in
+from whet.report.heatmap import heatmap, probe_tables
 from whet.report.page import page
 from whet.report.table import layer_table, tables
 from whet.task import Task
@@ -300,6 +302,71 @@ def inspect_(
 
 
 app.registered_commands[-1].name = "inspect"
+
+
+@app.command()
+def probe(
+    task: TaskArgument,
+    technique: Annotated[
+        list[str] | None, typer.Option(help="What to try; give it several times for several.")
+    ] = None,
+    values: Annotated[
+        str | None, typer.Option(help="Strengths to try: 0.25,0.5,0.75; default: its own ladder.")
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Validation examples of each try.")] = 1000,
+    target: Annotated[
+        str | None, typer.Option("--target", "-t", help="Measure latency in this runtime as well.")
+    ] = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="For the picture and the rows.")
+    ] = (Path("probe")),
+    as_json: Json = False,
+) -> None:
+    """What each layer or channel group costs alone, at a ladder of strengths, and what it saves.
+
+    The network is left as it is. What was measured before is kept in the output folder, so that a
+    stopped probe goes on where it was.
+
+    Example: `whet probe my_task.py:task --technique L1Filters --values 0.25,0.5,0.75`
+    """
+    loaded = load_task(task)
+    loaded.check()
+    kinds = [catalog.technique(name) for name in technique or ["L1Filters"]]
+    strengths = None if values is None else _numbers(values)
+    tries = len(sensitivity.options(loaded, kinds, strengths))
+    err.print(f"{tries} tries on {examples} validation examples each", highlight=False)
+    with _progress() as progress:
+        bars = _Bars(progress)
+        found = sensitivity.probe(
+            loaded,
+            kinds,
+            values=strengths,
+            examples=examples,
+            cache=output / "rows.jsonl",
+            target=None if target is None else catalog.target(target),
+            threads=threads,
+            seed=seed,
+            tell=lambda done, of: bars("probe", done, of),
+        )
+    (output / "probe.json").write_text(json.dumps(found))
+    (output / "probe.html").write_text(heatmap(found))
+    if as_json:
+        print(json.dumps(found))
+        return
+    for part in probe_tables(found):
+        out.print(part)
+    out.print(f"\nwritten to [bold]{escape(str(output))}[/]: probe.html, probe.json, rows.jsonl")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise BadInput(
+            f"read --values {text}", "it is not a list of numbers", "Write 0.25,0.5,0.75"
+        ) from error
 
 
 @app.command()

@@ -193,7 +193,9 @@ class Sparse(Packed):
     def __init__(self, inner: Packed, mask: Tensor) -> None:
         super().__init__()
         self.inner = inner
-        self.register_buffer("mask", mask.detach().clone())
+        # in plain memory order, as it is after loading: kernels differ by it in the last bit
+        mask = mask.detach().clone(memory_format=torch.contiguous_format)
+        self.register_buffer("mask", mask)
 
     def dense(self) -> Tensor:
         inner = self.inner.dense()

@@ -291,18 +291,18 @@ class ChannelTechnique(Technique):
         channels.cut(work.model, group, kept)
 
     def apply(self, work: Work) -> None:
-        whole = work.model
-        if any(isinstance(module, nn.MultiheadAttention) for module in whole.modules()):
-            work.model = copy.deepcopy(whole)
-            for path in surgery.unfold_attention(work.model):
-                work.notes.append(f"{path} has four linear layers now, so that it can lose heads.")
+        whole = work.model  # as it was, should there be nothing to remove
+        work.model = copy.deepcopy(whole)
+        for path in surgery.unfold_attention(work.model):
+            work.notes.append(f"{path} has four linear layers now, so that it can lose heads.")
         groups = channels.find_groups(work.model, work.task.example)
         for group in [g for g in groups if g.fixed]:
             work.notes.append(f"{group.name} is left alone: {group.fixed}.")
         groups = [g for g in groups if not g.fixed]
         evidence = self.evidence(work, groups)
         everywhere = self.scope == "global" and bool(groups)
-        removed, plan = 0, self._global_plan(groups, evidence) if everywhere else None
+        plan = self._global_plan(groups, evidence) if everywhere else None
+        uncut, chosen = copy.deepcopy(work.model), []
         for done, group in enumerate(groups):
             if plan is None:
                 kept = self._lowest_cut(group, self.unit_scores(group, evidence))
@@ -310,15 +310,21 @@ class ChannelTechnique(Technique):
                 kept = plan[done]
             if not kept.all():
                 self.remove(work, group, kept, evidence)
-                removed += int((~kept).sum())
+                chosen.append((group, kept))
             work.tell(done + 1, len(groups))
-        if not removed:
+        asked = f"{self.name}(amount={self.amount}, multiple_of={self.multiple_of})"
+        if not chosen:
             work.model = whole
             raise Refused(
-                f"{self.name}(amount={self.amount}, multiple_of={self.multiple_of})",
+                asked,
                 "no channel group can lose a channel under these knobs",
                 "Raise amount or lower multiple_of; the notes name the groups left alone.",
             )
+        wrong = channels.misfit(uncut, work.task.example, chosen)
+        if wrong:
+            work.model = whole
+            raise Refused(asked, wrong, "Choose another amount, or skip the layers in question.")
+        removed = sum(int((~kept).sum()) for _, kept in chosen)
         work.notes.append(f"removed {removed} channel units.")
         refresh_batchnorm(work, self.calibrate)
 
@@ -341,7 +347,7 @@ class ChannelTechnique(Technique):
             mine = np.flatnonzero(group.kinds == kind)
             order = mine[np.argsort(scores[mine], kind="stable")]
             lost[order[: round(len(mine) * self._amount(group))]] = True
-        return self._rounded(group, scores, lost & np.isfinite(scores))
+        return self._rounded(group, scores, lost)
 
     def _rounded(self, group: channels.Group, scores: np.ndarray, lost: np.ndarray) -> np.ndarray:
         """Which units stay, their count in each kind rounded to a multiple."""

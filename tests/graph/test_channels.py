@@ -431,7 +431,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind, **options):
         super().__init__()
         self.inp = nn.Linear(5, 8)
-        self.cell = kind(8, 6, batch_first=True, **options)
+        self.cell = kind(8, options.pop("hidden_size", 6), batch_first=True, **options)
         self.out = nn.Linear(12 if options.get("bidirectional") else 6, 4)
 
     def forward(self, x):
@@ -578,6 +578,57 @@ class ScaledByWidth(nn.Module):
         return self.out(x / x.shape[-1] ** 0.5)
 
 
+class TwoWidths(nn.Module):
+    """What it computes depends on two widths together."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.out = nn.Linear(5, 12), nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        if self.one.out_features + self.two.out_features < 16:
+            x = 2 * x
+        return self.out(torch.relu(self.two(torch.relu(self.one(x)))))
+
+
+class AddUp(nn.Module):
+    """Sizes of which one is a constant and the other is computed from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.part, self.out = nn.Linear(5, 12), nn.Linear(4, 4), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.inp(x))
+        a, b = torch.split(x, [4, x.shape[-1] - 4], dim=-1)
+        return self.out(torch.cat([self.part(a), b], dim=-1))
+
+
+class Turned(nn.Module):
+    """Dimensions moved, steps narrowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.out = nn.Conv1d(6, 12, 1), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.out(torch.relu(self.one(x)).movedim(1, 2).narrow(1, 1, 3))
+
+
+class Cells(nn.Module):
+    """A recurrent cell in a loop of the user's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.out = nn.GRUCell(5, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = x.new_zeros(len(x), 8)
+        for step in x.unbind(1):
+            h = self.cell(step, h)
+        return self.out(h)
+
+
 class OneEach(nn.Module):
     """A layer of its own for each channel."""
 
@@ -648,6 +699,8 @@ CUTTABLE = {
     "first state": (Passed, SEQUENCE, ["one (+1)"]),
     "last states both ways": (LastStates, SEQUENCE, ["cell"]),
     "change of type": (Converted, SEQUENCE, ["one", "two"]),
+    "sizes that add up": (AddUp, SEQUENCE, ["inp (+1)"]),
+    "moved dimensions": (Turned, SEQUENCE, ["one"]),
     "slices": (Sliced, SEQUENCE, ["one", "two"]),
     "last state": (LastState, SEQUENCE, ["cell"]),
     "raw matrices": (Products, SEQUENCE, ["a", "b", "c"]),
@@ -667,6 +720,11 @@ LEFT_ALONE = {
     "attention among channels": (AmongChannels, SEQUENCE, "a softmax over channels"),
     "variance of everything": (Variance, SEQUENCE, "a reduction over channels"),
     "scaled by the width": (ScaledByWidth, SEQUENCE, "computes something else"),
+    "two widths together": (TwoWidths, SEQUENCE, "computes something else"),
+    "cells in a loop": (Cells, SEQUENCE, "the operator gru_cell in cell"),
+    "projected lstm": (
+        lambda: Recurrent(nn.LSTM, proj_size=6, hidden_size=8), SEQUENCE, "a projected LSTM"
+    ),
     "one of each kind": (OneEach, SEQUENCE, "one channel of each kind"),
 }  # fmt: skip
 

@@ -215,3 +215,21 @@ def test_work_is_told(apply):
     L1Filters().apply(work)
     assert told
     assert all(done <= of for done, of in told)
+
+
+def test_a_cut_that_the_code_counts_on_is_refused(refuses):
+    """The network computes something else below six channels, which a cut by half does not show."""
+
+    class Narrow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.out = nn.Linear(5, 12), nn.Linear(12, 4)
+
+        def forward(self, x):
+            x = torch.relu(self.one(x))
+            return self.out(x if self.one.out_features >= 6 else 2 * x)
+
+    torch.manual_seed(0)
+    task = tiny_task(Narrow().eval(), (torch.randn(2, 5),))
+    text = "L1Filters(amount=0.75, multiple_of=1): without some of them the network computes"
+    refuses(task, L1Filters(amount=0.75, multiple_of=1), text)

@@ -8,6 +8,7 @@ alone, with the reason.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -169,10 +170,15 @@ def find_groups(model: nn.Module, example: tuple[Any, ...]) -> list[Group]:
     """
     groups = [_alone(g) for g in _gather(walk(trace(model, example)))]
     tried = [group for group in groups if not group.fixed]
-    if not tried or not _misfit(model, example, tried):
+    if not tried or not misfit(model, example, [(group, _half(group)) for group in tried]):
         return groups
-    found = {id(group): _misfit(model, example, [group]) for group in tried}
-    return [_left(g, found[id(g)]) if found.get(id(g)) else g for g in groups]
+    good: list[tuple[Group, np.ndarray]] = []
+    reasons: dict[int, str] = {}
+    for group in tried:  # each beside those that fit, as two that fit alone may not together
+        choice = [*good, (group, _half(group))]
+        reasons[id(group)] = misfit(model, example, choice)
+        good = good if reasons[id(group)] else choice
+    return [_left(g, reasons[id(g)]) if reasons.get(id(g)) else g for g in groups]
 
 
 def _alone(group: Group) -> Group:
@@ -186,13 +192,17 @@ def _left(group: Group, reason: str) -> Group:
 
 
 @torch.no_grad()
-def _misfit(model: nn.Module, example: tuple[Any, ...], groups: list[Group]) -> str:
-    """What goes wrong when half of the units of these groups are cut, or ""."""
+def misfit(
+    model: nn.Module, example: tuple[Any, ...], choice: Sequence[tuple[Group, np.ndarray]]
+) -> str:
+    """What goes wrong when groups keep only what `choice` says, or "".
+
+    Copies are cut and masked and have to compute the same.
+    """
     small, masked = copy.deepcopy(model).eval(), baked(model)[0]
     outputs = []
     try:
-        for group in groups:
-            kept = _half(group)
+        for group, kept in choice:
             cut(small, group, kept)
             mask(masked, group, kept)
         for twin in (small, masked):

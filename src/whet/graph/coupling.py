@@ -363,6 +363,8 @@ def _recurrent(flow: Flow, node: Node) -> Labels:
     rest = {d: ids for d, ids in flow.labels(x).items() if d != len(shape(x)) - 1}
     flow.fix(node, [rest], "a recurrent layer along its channels")
     if len(weights) != layers * ways * each:
+        for weight in weights:
+            flow.mark(flow.makes, weight, 0)
         flow.fix(node, map(flow.labels, [x, *weights]), "a projected LSTM")
         return {}
     for layer in range(layers):
@@ -774,10 +776,30 @@ def _order(node: Node) -> list[int]:
         a, b = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore
     elif operator(node) == "mT":
         a, b = rank - 2, rank - 1
+    elif operator(node) in ("movedim", "moveaxis"):
+        return _moved(node, rank)
     else:
         return order[::-1]
     order[a], order[b] = order[b], order[a]
     return order
+
+
+def _moved(node: Node, rank: int) -> list[int]:
+    sources, goals = (
+        [int(d) % rank for d in ([each] if isinstance(each, int) else each)]  # type: ignore
+        for each in node.args[1:3]
+    )
+    rest = iter(d for d in range(rank) if d not in sources)
+    at = dict(zip(goals, sources, strict=True))
+    return [at[k] if k in at else next(rest) for k in range(rank)]
+
+
+def _narrow(flow: Flow, node: Node) -> Labels:
+    labels = dict(flow.labels(node.args[0]))
+    dim = int(node.args[1]) % len(shape(node))  # type: ignore[arg-type]
+    if dim in labels and shape(node) != shape(node.args[0]):
+        flow.fix(node, [{dim: labels.pop(dim)}], "a slice with constant ends")
+    return labels
 
 
 def _permute(flow: Flow, node: Node) -> Labels:
@@ -844,6 +866,9 @@ def _fresh(flow: Flow, node: Node) -> Labels:
 
 
 def _unknown(flow: Flow, node: Node) -> Labels:
+    for operand in node.all_input_nodes:  # a layer that no rule knows is still one to name
+        if operand.op == "placeholder" and len(shape(operand)) > 1:
+            flow.mark(flow.makes, operand, 0)
     flow.fix(node, map(flow.labels, node.all_input_nodes), f"the operator {operator(node)}")
     return {}
 
@@ -870,7 +895,9 @@ WINDOW = (
     "upsample_nearest3d upsample_linear1d upsample_bilinear2d upsample_bicubic2d "
     "upsample_trilinear3d"
 )
-PERMUTATIONS = ("permute", "transpose", "t", "numpy_T", "swapaxes", "swapdims", "mT")
+PERMUTATIONS = (
+    "permute", "transpose", "t", "numpy_T", "swapaxes", "swapdims", "mT", "movedim", "moveaxis"
+)  # fmt: skip
 RULES: dict[str, Callable[[Flow, Node], Labels]] = {
     **dict.fromkeys(["conv1d", "conv2d", "conv3d", "convolution"], _convolution),
     **dict.fromkeys(["conv_transpose1d", "conv_transpose2d", "conv_transpose3d"], _convolution),
@@ -893,6 +920,7 @@ RULES: dict[str, Callable[[Flow, Node], Labels]] = {
     "index": _index,
     "pad": _pad,
     "slice": _slice,
+    "narrow": _narrow,
     **dict.fromkeys(["mean", "sum", "amax", "amin", "max", "min", "var", "std", "norm"], _reduce),
     **dict.fromkeys(["var_mean", "std_mean"], _reduce),
     **dict.fromkeys(["linalg_vector_norm", "any", "all", "argmax"], _reduce),

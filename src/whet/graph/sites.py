@@ -180,12 +180,19 @@ def corrected(
         holder: Any = changed if name.isdigit() else named
         at = int(name) if name.isdigit() else name
         try:
-            fits = _plain(_found(holder[at], way)) == old
+            fits = _is_old(_plain(_found(holder[at], way)), old)
         except (LookupError, AttributeError, TypeError):
             continue
         if fits:
             holder[at] = _replaced(holder[at], way, new)
     return tuple(changed), named
+
+
+def _is_old(own: Any, old: Any) -> bool:
+    """Whether an argument is the old one; in a list one number is enough, others may follow it."""
+    if isinstance(own, list) and isinstance(old, list) and len(own) == len(old):
+        return any(a == b for a, b in zip(own, old, strict=True))
+    return own == old
 
 
 def _found(value: Any, way: list[str]) -> Any:

@@ -22,14 +22,15 @@ from whet import packed
 from whet.errors import Refused
 from whet.graph import surgery
 from whet.graph.ledger import Grid
-from whet.technique import Skip, Technique, Work, weights
+from whet.technique import LayerTechnique, Work, weights
 
 
-class Svd(Technique):
+class Svd(LayerTechnique):
     """Factor every linear layer and 1x1 convolution where that saves at least `saving`."""
 
     spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, packed.Sparse, Grid})
     tiny: ClassVar[dict[str, Any]] = {"energy": 0.5}
+    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"energy": (0.99, 0.95, 0.9, 0.8)}
 
     energy: Annotated[
         float, Field(gt=0, le=1, description="share of the squared singular values that is kept")
@@ -37,10 +38,10 @@ class Svd(Technique):
     saving: Annotated[
         float, Field(ge=0, lt=1, description="least share of the parameters to save")
     ] = 0.1
-    skip: Skip = ()
 
     def apply(self, work: Work) -> None:
-        layers = [(p, m) for p, m in weights(work.model, self.skip) if factorable(m)]
+        chosen = weights(work.model, self.skip, self.only)
+        layers = [(p, m) for p, m in chosen if factorable(m)]
         factored = 0
         for done, (path, module) in enumerate(layers):
             weight = module.weight.detach().flatten(1)  # type: ignore[operator]
