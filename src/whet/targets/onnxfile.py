@@ -131,7 +131,8 @@ def _convert(
     assert written is not None
     graph = OnnxGraph(written.model_proto)
     rewrite(graph, forms)
-    target.rewrite(graph)
+    for rule in target.rules:
+        rule(graph)
     proto, short = graph.finish(OPSET)
     return proto, _values(graph, short, [node.name for node in program.graph.nodes])
 

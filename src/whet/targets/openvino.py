@@ -96,12 +96,10 @@ class OpenVino(Target):
         "channels": "multiples of 16; narrow layers are bound by the number of calls",
         "depth": "time falls with the number of layers",
     }
+    rules = (add_to_accumulators,)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads, precision)
-
-    def rewrite(self, graph: OnnxGraph) -> None:
-        add_to_accumulators(graph)
 
     def integer_layers(self, kernels: Mapping[str, int]) -> int:
         return sum(

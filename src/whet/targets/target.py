@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -45,6 +45,8 @@ class Target(ABC):
         extra: the extra of whet that installs it.
         precisions: what the float network can run in here, the reference first.
         facts: what this runtime speeds up, as data for people and for the search.
+        rules: rewrites of the graph into what it runs faster, after those that hold for every
+            runtime (`integers`).
     """
 
     name: ClassVar[str]
@@ -52,12 +54,7 @@ class Target(ABC):
     extra: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     facts: ClassVar[Mapping[str, str]] = {}
-
-    def rewrite(self, graph: OnnxGraph) -> None:
-        """Change what this runtime runs faster when it is written another way: by default nothing.
-
-        It comes after the rules that hold for every runtime (`integers`).
-        """
+    rules: ClassVar[Sequence[Callable[[OnnxGraph], None]]] = ()
 
     @abstractmethod
     def open(self, path: Path, threads: int, precision: str) -> Session:
