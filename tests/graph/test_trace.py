@@ -128,3 +128,18 @@ def test_code_that_cannot_be_traced_is_told():
     text = r"trace Branches with torch.export: it raised \w+: .*\. Make forward free of branches"
     with pytest.raises(BadInput, match=text):
         trace.trace(Branches(), (torch.ones(2),))
+
+
+def test_macs_of_recurrent_layers_and_attention():
+    lstm = nn.LSTM(5, 6, num_layers=2, batch_first=True)
+    steps = 3 * 7  # batch times length
+    assert trace.macs(lstm, (torch.rand(3, 7, 5),))[""] == steps * 24 * (5 + 6 + 6 + 6)
+    gru = nn.GRU(5, 6, bidirectional=True, batch_first=True)
+    assert trace.macs(gru, (torch.rand(3, 7, 5),))[""] == 2 * steps * 18 * (5 + 6)
+
+    class Attention(nn.Module):
+        def forward(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, k, v)
+
+    q, k, v = torch.rand(2, 4, 7, 8), torch.rand(2, 4, 9, 8), torch.rand(2, 4, 9, 5)
+    assert trace.macs(Attention(), (q, k, v))[""] == 2 * 4 * 7 * 9 * (8 + 5)

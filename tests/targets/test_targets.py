@@ -122,11 +122,11 @@ def test_adds_and_concatenations_are_on_grids(target: Target, nets: Nets, name: 
     maker = {out: node for node in graph.node for out in node.output}
     joints = [node for node in graph.node if node.op_type == kind]
     assert joints
-    # OpenVINO adds one term to the accumulators of the convolution that makes the other
-    wanted = ["DequantizeLinear", "DequantizeLinear"]
-    if (target.name, kind) == ("openvino", "Add"):
-        wanted[0] = "Conv"
     for node in joints:
+        wanted = ["DequantizeLinear"] * len(node.input)
+        # OpenVINO adds one term to the accumulators of the convolution that makes the other
+        if (target.name, kind) == ("openvino", "Add"):
+            wanted[0] = "Conv"
         assert sorted(maker[source].op_type for source in node.input) == wanted
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from whet import packed
@@ -91,7 +93,14 @@ def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
 def macs(model: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:
     """Multiply-accumulates of one call by module path; "" is the whole network."""
     twin, _ = baked(model)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with ExitStack() as how:
+        how.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # torch warns of TF32 when mkldnn is switched
+        # so that attention and recurrent layers count as the products they are made of
+        how.enter_context(torch.backends.mkldnn.flags(enabled=False))
+        how.enter_context(sdpa_kernel(SDPBackend.MATH))
+        how.enter_context(torch.no_grad())
+        counter = how.enter_context(FlopCounterMode(display=False))
         twin(*example)
     counts: dict[str, int] = {}
     for name, by_op in counter.get_flop_counts().items():
