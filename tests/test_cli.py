@@ -294,9 +294,14 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     (folder / "t.py").write_text(TASK)
     (folder / "r.yaml").write_text(RECIPE)
-    return subprocess.Popen(
-        [*WHET, *words], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+    # jobs in the background of a shell ignore Ctrl-C, and so would what they start
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [*WHET, *words], cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def stop_after_the_first_step(process: subprocess.Popen[str], folder: Path, how: int) -> str:

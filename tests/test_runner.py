@@ -246,8 +246,8 @@ def test_a_file_that_computes_something_else_names_the_layer(
     class Wrong(Deployable):
         """One weight of the second convolution is off."""
 
-        def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
-            super().__init__(model, example)
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
             node = next(n for n in self.proto.graph.node if n.name == "3")
             weight = next(i for i in self.proto.graph.initializer if i.name == node.input[1])
             array = numpy_helper.to_array(weight).copy()
