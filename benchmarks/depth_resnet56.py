@@ -30,7 +30,7 @@ def main() -> None:
     """Read the arguments, train or load, measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--amount", type=float, default=0.44)
-    parser.add_argument("--epochs", type=float, default=12)
+    parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--lr", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", type=Path)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from whet import catalog
+from whet.graph.trace import macs
 from whet.measure import latency, quality
 from whet.measure.signature import signature
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
 from whet.task import Task, batch_size
+from whet.technique import Work
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -75,6 +79,37 @@ def rows(
 def lower(target: Target, model: nn.Module, task: Task, folder: Path, stem: str) -> Path:
     """The deployable file of `model`."""
     return Deployable(model, task.example, target).write(folder / f"{stem}.onnx")
+
+
+def halved(
+    task: Task,
+    steps: Callable[[float], list[tuple[str, dict[str, Any]]]],
+    between: tuple[float, float],
+    tries: int = 6,
+) -> nn.Module:
+    """What techniques make of the network when they leave at most half its MACs, just.
+
+    Args:
+        task: the network and its data.
+        steps: names and knobs for an amount.
+        between: amounts to look between, by bisection. Where none leaves as little as half, the
+            largest one counts.
+    """
+    whole, (low, high) = macs(task.model, task.example)[""], between
+    best: nn.Module | None = None
+    for amount in [high, *[None] * tries]:
+        middle = (low + high) / 2 if amount is None else amount
+        work = Work(copy.deepcopy(task.model), task.model, task)
+        for name, knobs in steps(middle):
+            catalog.technique(name, knobs).apply(work)
+        fits = 2 * macs(work.model, task.example)[""] <= whole
+        best = work.model if fits or best is None else best
+        if amount is None:
+            low, high = (low, middle) if fits else (middle, high)
+        elif not fits:
+            break
+    assert best is not None
+    return best
 
 
 def table(found: list[dict[str, Any]]) -> str:

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from whet import artifact
 from whet.demo import ACCURACY, Shifted, in_batches
 from whet.fit import Schedule, fit
+from whet.rungs.layers import weights
 from whet.runner import seed_all
 from whet.task import Task, evaluate
-from whet.technique import Work, weights
+from whet.technique import Work
 from whet.techniques.prune.gradualmagnitude import GradualMagnitude
 
 HELD_OUT = 5000

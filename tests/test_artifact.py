@@ -435,7 +435,10 @@ def test_many_edits_that_each_are_small_enough():
         {"grids": {"input:0": {"scale": 1e999, "zero_point": 0, "low": 0, "high": 255}}},
         {"grids": {"input:0": {"scale": "1", "zero_point": 0, "low": 0, "high": 255}}},
         {"grids": {"input:0": {"scale": 1.0, "zero_point": 999, "low": 0, "high": 255}}},
-        {"constants": 5}, {"constants": {"x": 5}},
+        {"constants": 5}, {"constants": {"x": 5}}, {"constants": {"x": {"1.x": [2, 1]}}},
+        {"constants": {"x": {"1": [2, 3]}}}, {"constants": {"x": {"1": [2, -1]}}},
+        {"constants": {"x": {"1": [[2, 2], [2]]}}}, {"constants": {"x": {"1": ["2", "1"]}}},
+        {"constants": {"x": {"1": [2, [1]]}}}, {"constants": {"x": {"1": [2, 1, 1]}}},
     ],
     ids=str,
 )  # fmt: skip

@@ -498,6 +498,8 @@ def test_probe(run: Run, here: Path, bad: Callable[..., None]):
     assert status == 0, err
     assert "Magnitude" in out
     bad(*known, "--values", "half", found="read --values half: it is not a list of numbers")
+    bad(*known, "-o", "t.py", found="write the result to t.py: File exists. Choose another folder")
+    bad(*known, "-o", "t.py/in", found="write the result to t.py/in: Not a directory.")
 
 
 @pytest.mark.parametrize("command", ["verify", "report"])

@@ -336,6 +336,12 @@ def probe(
     kinds = [catalog.technique(name) for name in technique or ["L1Filters"]]
     strengths = None if values is None else _numbers(values)
     tries = len(sensitivity.options(loaded, kinds, strengths))
+    rows = output / "rows.jsonl"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        rows.open("a").close()
+    except OSError as error:
+        raise runner.unwritable(output, error) from error
     err.print(f"{tries} tries on {examples} validation examples each", highlight=False)
     with _progress() as progress:
         bars = _Bars(progress)
@@ -344,7 +350,7 @@ def probe(
             kinds,
             values=strengths,
             examples=examples,
-            cache=output / "rows.jsonl",
+            cache=rows,
             target=None if target is None else catalog.target(target),
             threads=threads,
             seed=seed,

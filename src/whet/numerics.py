@@ -77,3 +77,11 @@ def best_symmetric_bound(rows: Tensor, bits: int, steps: int = 40) -> Tensor:
         better = error < least
         best, least = torch.where(better, bound, best), torch.where(better, error, least)
     return best
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """RMS(got - want) / RMS(want); infinite where the shapes differ or a value is not finite."""
+    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
+        return float("inf")
+    scale = want.double().square().mean().sqrt().clamp_min(1e-12)
+    return float((got.double() - want.double()).square().mean().sqrt() / scale)

@@ -27,12 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from whet.checkpoint import fingerprint
-from whet.criteria import gradients
 from whet.errors import BadInput, Refused
 from whet.graph import surgery
 from whet.graph.ledger import ledger
 from whet.graph.trace import baked
 from whet.measure import cost, latency
+from whet.rungs.criteria import gradients
 from whet.runner import seed_all
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target

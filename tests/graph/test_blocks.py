@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from whet.graph import surgery
-from whet.graph.blocks import residual_blocks
+from whet.graph.blocks import Shortcut, residual_blocks
 from whet.testing import NETWORKS
 
 IMAGE = (torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)),)
@@ -146,6 +146,66 @@ def test_blocks_of_the_tiny_networks(name):
         dropped = copy.deepcopy(model)
         surgery.replace(dropped, path, nn.Identity())
         assert output(dropped, example).shape == output(model, example).shape
+
+
+class Layers(nn.Module):
+    """Transformer layers as a user would stack them, with a mask."""
+
+    def __init__(self, norm_first):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=norm_first)
+            for _ in range(3)
+        )
+
+    def forward(self, x, mask):
+        for layer in self.layers:
+            x = layer(x, src_key_padding_mask=mask)
+        return x
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_transformer_layers_can_go_with_their_masks(norm_first):
+    torch.manual_seed(0)
+    model = Layers(norm_first).eval()
+    example = torch.randn(2, 5, 8), torch.arange(5).expand(2, 5) > 3
+    found = residual_blocks(model, example)
+    assert found.droppable == ("layers.0", "layers.1", "layers.2")
+    assert found.kept == {}
+    dropped = copy.deepcopy(model)
+    for path in found.droppable[:2]:
+        surgery.replace(dropped, path, Shortcut())
+    with torch.no_grad():
+        assert torch.equal(dropped(*example), model.layers[2](*example[:1], None, example[1]))
+    fresh = Layers(norm_first)
+    surgery.replay(fresh, surgery.structure(dropped))
+    fresh.load_state_dict(dropped.state_dict())
+    assert torch.equal(output(fresh.eval(), example), output(dropped, example))
+
+
+def test_what_a_block_is_given_by_name_or_gives_with_more_stays():
+    class Named(Block):
+        def forward(self, *, x):
+            return x + self.branch(x)
+
+    class Pair(Block):
+        def forward(self, x):
+            return x + self.branch(x), None
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.named, self.pair = Named(None), Pair(None)
+
+        def forward(self, x):
+            return self.pair(self.named(x=x))[0]
+
+    found = residual_blocks(Root(), IMAGE)
+    assert found.droppable == ()
+    assert found.kept == {
+        "named": "its input is not its first argument",
+        "pair": "it gives more than one tensor",
+    }
 
 
 def test_the_innermost_block_counts():

@@ -47,6 +47,22 @@ def test_within_layers_each_loses_the_same_share(apply):
     assert [len(each) for each in gammas(model)] == [8, 16, 16]
 
 
+def test_only_what_is_asked_for_is_ranked(apply):
+    task = tiny_task("plain_cnn")
+    for knobs in ({"only": ("3",)}, {"skip": ("0", "7")}):
+        model = apply(task, BatchNormScale(multiple_of=1, **knobs)).model
+        assert [len(each) for each in gammas(model)] == [16, 16, 32]
+
+
+def test_a_layer_with_an_amount_of_its_own_is_not_ranked_with_the_others(apply):
+    task = tiny_task("plain_cnn")
+    task.model[4].weight.data *= 1e-3
+    model = apply(task, BatchNormScale(multiple_of=1, amounts={"3": 0.25})).model
+    first, second, third = (len(each) for each in gammas(model))
+    assert second == 24
+    assert first + third == 24
+
+
 def test_coupled_norms_count_by_their_mean(apply):
     task = tiny_task("residual_cnn")
     model = apply(task, BatchNormScale(multiple_of=1, scope="layer")).model

@@ -14,7 +14,7 @@ from whet import fit
 from whet.graph import surgery
 from whet.graph.ledger import ledger
 from whet.technique import Need, Work
-from whet.techniques.prune.dropblocks import DropBlocks
+from whet.techniques.prune.dropblocks import DropBlocks, influence
 from whet.testing import tiny_task
 
 BLOCKS = ("3", "5", "6")  # those of residual_cnn that can go; "4" cannot
@@ -92,6 +92,32 @@ def test_the_block_that_costs_least_goes(apply):
     costs = DropBlocks()._costs(work, list(BLOCKS), (0, 1))
     dropped = apply(task, DropBlocks(amount=0.25, rounds=1)).model
     assert gone(dropped) == {min(costs, key=lambda path: costs[path])}
+
+
+def test_influence_is_one_less_the_cosine_of_what_goes_in_and_comes_out():
+    x = torch.randn(2, 5, 8)
+    assert influence(x, 3 * x) == pytest.approx(0, abs=1e-6)
+    assert influence(x, -x) == pytest.approx(2)
+    image = torch.zeros(1, 2, 1, 2)
+    image[0, 0] = 1  # both places hold (1, 0)
+    other = image.clone()
+    other[0, :, 0, 0] = torch.tensor([0.0, 1.0])
+    assert influence(image, other) == pytest.approx(0.5)
+
+
+def test_by_influence_the_block_that_changes_least_goes(apply):
+    task = planted("5")
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    costs = DropBlocks()._influences(work, list(BLOCKS), (0, 1))
+    x = torch.cat([x for x, _ in task.validation])
+    with torch.no_grad():
+        before = task.model[:3](x)
+        assert costs["3"] == pytest.approx(influence(before, task.model[3](before)), rel=1e-4)
+    assert costs["5"] == pytest.approx(0, abs=1e-6)
+    assert costs["5"] < costs["3"] and costs["5"] < costs["6"]
+    work = apply(task, DropBlocks(amount=0.25, rounds=1, by="influence"))
+    assert gone(work.model) == {"5"}
+    assert not any(m._forward_hooks for m in work.model.modules())
 
 
 def test_no_hook_stays_when_the_network_fails():

@@ -7,34 +7,19 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from masks import masks_of, watched, zeros
 from pydantic import ValidationError
 
-from whet import packed
-from whet.pruners import Masks, disagreement
+from whet.rungs.layers import weights
+from whet.rungs.training import Masks, disagreement
 from whet.task import Metric
-from whet.technique import Need, Work, weights
+from whet.technique import Need, Work
 from whet.techniques.distill.finetune import FineTune
 from whet.techniques.prune.gradualmagnitude import GradualMagnitude, cubic
 from whet.techniques.prune.nm import NM
 from whet.testing import NETWORKS, tiny_task
 
 QUICK = {"precision": "float32", "every": 2}
-
-
-def masks_of(model):
-    return {path: packed.support_of(module).clone() for path, module in weights(model)}
-
-
-def zeros(masks):
-    return sum(int((~mask).sum()) for mask in masks.values())
-
-
-def watched(task, technique):
-    """The work and the masks after each step."""
-    seen, work = [], Work(copy.deepcopy(task.model), task.model, task)
-    work.tell = lambda step, steps: seen.append(masks_of(work.model))
-    technique.apply(work)
-    return work, seen
 
 
 def test_the_schedule_at_its_start_middle_and_end():
@@ -73,18 +58,18 @@ def test_masks_follow_the_schedule_and_rest_after_it():
     knobs = {"amount": 0.9, "start": 0.2, "begin": 0.25, "end": 0.75, "epochs": 4}
     task = tiny_task("flatten_cnn")
     _, seen = watched(task, GradualMagnitude(**(QUICK | knobs)))
-    total = sum(m.numel() for m in seen[0].values())
-    for step, masks in enumerate(seen, start=1):
+    total = sum(m.numel() for m in seen[0][2].values())
+    for step, _, masks in seen:
         last = step if step >= 12 else step - step % 2
         assert zeros(masks) == round(cubic(last, 4, 12, 0.2, 0.9) * total), step
-    for masks in seen[12:]:
-        assert all(torch.equal(masks[path], seen[11][path]) for path in masks)
+    for _, _, masks in seen[12:]:
+        assert all(torch.equal(masks[path], seen[11][2][path]) for path in masks)
 
 
 def test_weights_come_back_until_the_end():
     task = tiny_task("plain_cnn")
     _, seen = watched(task, GradualMagnitude(epochs=6, lr=0.3, end=0.9, **QUICK))
-    back = [sum(int((b[k] & ~a[k]).sum()) for k in a) for a, b in pairwise(seen)]
+    back = [sum(int((b[k] & ~a[k]).sum()) for k in a) for (_, _, a), (_, _, b) in pairwise(seen)]
     assert sum(back) > 0
     assert not any(back[22:])
 
@@ -93,7 +78,7 @@ def test_a_masked_weight_comes_back_with_the_value_it_had():
     model = copy.deepcopy(tiny_task("flatten_cnn").model)
     layer = model[7]
     old = layer.weight.detach().clone()
-    masks = Masks(model, ())
+    masks = Masks(weights(model))
     masks.choose(0.5, "layer")
     gone = layer.weight == 0
     with torch.no_grad():
@@ -120,7 +105,7 @@ def test_the_best_weights_are_sought_after_the_schedule_only():
     task = replace(tiny_task("plain_cnn"), metric=falling())
     work, seen = watched(task, GradualMagnitude(epochs=4, end=0.5, **QUICK))
     at_end = masks_of(work.model)
-    assert all(torch.equal(at_end[path], mask) for path, mask in seen[7].items())
+    assert all(torch.equal(at_end[path], mask) for path, mask in seen[7][2].items())
     # two batches a look: the first is the mean of -1 and -2
     assert work.notes == ["validation late -1.5000 -> -1.5000 (best of 2 epochs)."]
 
@@ -188,7 +173,7 @@ def test_what_cannot_be_is_refused(refuses):
     task = tiny_task("plain_cnn")
     text = "GradualMagnitude(amount=0.0): that share of the weights is none. Raise amount"
     refuses(task, GradualMagnitude(amount=0), text)
-    text = "GradualMagnitude: no linear or convolutional layer is left to prune. Drop it."
+    text = "GradualMagnitude: no linear or convolutional layer is left to work on. Drop it."
     refuses(task, GradualMagnitude(skip=("*",)), text)
 
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from whet.criteria import makers
 from whet.graph.channels import find_groups
+from whet.rungs.criteria import makers
 from whet.technique import Need, Work
 from whet.techniques.prune.hessian import Hessian
 from whet.testing import tiny_task

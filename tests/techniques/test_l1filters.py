@@ -11,7 +11,8 @@ from torch import nn
 
 from whet.graph import statistics, surgery, trace
 from whet.graph.channels import find_groups
-from whet.technique import Work, round_channels
+from whet.rungs.channels import round_channels
+from whet.technique import Work
 from whet.techniques.prune.l1filters import L1Filters
 from whet.testing import NETWORKS, tiny_task
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from whet.technique import weights
+from whet.rungs.layers import weights
 from whet.techniques.prune.lamp import Lamp, lamp
 from whet.techniques.prune.magnitude import Magnitude
 from whet.testing import NETWORKS, tiny_task

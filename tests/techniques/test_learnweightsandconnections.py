@@ -6,30 +6,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from masks import masks_of, watched, zeros
 from pydantic import ValidationError
 
 from whet import packed
-from whet.technique import Need, Work, weights
+from whet.rungs.layers import weights
+from whet.technique import Need, Work
 from whet.techniques.prune.learnweightsandconnections import LearnWeightsAndConnections, share
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.prune.nm import NM
 from whet.testing import NETWORKS, tiny_task
-
-
-def masks_of(model):
-    return {path: packed.support_of(module).clone() for path, module in weights(model)}
-
-
-def zeros(masks):
-    return sum(int((~mask).sum()) for mask in masks.values())
-
-
-def watched(task, technique):
-    """The work, and step, steps and masks after each step."""
-    seen, work = [], Work(copy.deepcopy(task.model), task.model, task)
-    work.tell = lambda step, steps: seen.append((step, steps, masks_of(work.model)))
-    technique.apply(work)
-    return work, seen
 
 
 @pytest.mark.parametrize("amount", [0.1, 0.9, 0.995])

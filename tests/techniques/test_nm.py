@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from whet import packed
-from whet.technique import weights
+from whet.rungs.layers import weights
 from whet.techniques.distill.finetune import FineTune
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.prune.nm import NM

@@ -7,9 +7,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from whet.criteria import makers
 from whet.graph import surgery
 from whet.graph.channels import find_groups
+from whet.rungs.criteria import makers
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.prune.redundancy import Redundancy, cosine
 from whet.testing import NETWORKS, tiny_task

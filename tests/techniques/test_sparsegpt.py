@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from whet import packed
 from whet.graph import statistics
-from whet.technique import weights
+from whet.rungs.layers import weights
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.prune.nm import NM
 from whet.techniques.prune.sparsegpt import SparseGpt, inverse_factor, output_error, sweep

@@ -12,7 +12,8 @@ from whet import numerics, packed
 from whet.graph import sites, surgery
 from whet.graph.ledger import Grid, ledger
 from whet.graph.trace import baked, export
-from whet.technique import Need, weights
+from whet.rungs.layers import weights
+from whet.technique import Need
 from whet.techniques.factorize.svd import Svd
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from whet.criteria import readers
 from whet.graph import channels
 from whet.graph.channels import find_groups
+from whet.rungs.criteria import readers
 from whet.technique import Need, Work
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.thinet import ThiNet, greedy, rescaled

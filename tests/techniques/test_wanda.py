@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from whet import packed
 from whet.graph import statistics
-from whet.technique import Need, weights
+from whet.rungs.layers import weights
+from whet.technique import Need
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.prune.wanda import Wanda, importance
 from whet.testing import NETWORKS, tiny_task

@@ -46,14 +46,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.batch_first, self.dropout = size, batch_first, dropout
-        self.query, self.key = (
-            nn.Linear(query, heads * size, bias),
-            nn.Linear(key, heads * size, bias),
-        )
-        self.value, self.out = (
-            nn.Linear(value, heads * size, bias),
-            nn.Linear(heads * size, out, bias),
-        )
+        self.query = nn.Linear(query, heads * size, bias)
+        self.key = nn.Linear(key, heads * size, bias)
+        self.value = nn.Linear(value, heads * size, bias)
+        self.out = nn.Linear(heads * size, out, bias)
 
     def forward(
         self,

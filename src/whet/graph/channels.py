@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from whet import numerics
 from whet.graph import surgery
 from whet.graph.coupling import FIXED, INPUT, Flow, Key, Sizes, Union, walk
 from whet.graph.trace import baked, trace
@@ -47,27 +48,6 @@ class Member:
         return np.flatnonzero(_stays(self.units, kept)).tolist()
 
 
-@dataclass(frozen=True)
-class Count:
-    """A constant in the network's code that counts channels: a size, the zeros of a pad.
-
-    Args:
-        site, key, old, single: as in `coupling.Sizes`.
-        value: its numbers; where one counts channels, the unit of each (-1 for none).
-    """
-
-    site: str
-    key: str
-    old: Any
-    value: tuple[int | np.ndarray, ...]
-    single: bool
-
-    def after(self, kept: np.ndarray) -> Any:
-        """The constant when `kept` [units] says which units stay."""
-        now = [v if isinstance(v, int) else int(_stays(v, kept).sum()) for v in self.value]
-        return now[0] if self.single else now
-
-
 def _stays(units: np.ndarray, kept: np.ndarray) -> np.ndarray:
     return np.where(units < 0, True, kept[units])
 
@@ -78,7 +58,7 @@ class Group:
 
     Args:
         members: every tensor dimension concerned.
-        counts: every constant that counts its channels.
+        counts: every constant that counts its channels, with their units in place of labels.
         units: how many channels there are to choose from.
         kinds: for each unit a number; units of one kind stand in the same members, so that a
             count rounded within each kind is rounded in every tensor.
@@ -86,7 +66,7 @@ class Group:
     """
 
     members: tuple[Member, ...]
-    counts: tuple[Count, ...]
+    counts: tuple[Sizes, ...]
     units: int
     kinds: np.ndarray
     fixed: str = ""
@@ -145,9 +125,9 @@ def _group(flow: Flow, roots: dict[Key, list[int]]) -> Group:
     def units(ids: Any) -> np.ndarray:
         return np.array([number.get(flow.union.find(int(i)), -1) for i in ids], dtype=np.int64)
 
-    def count(sizes: Sizes) -> Count:
+    def count(sizes: Sizes) -> Sizes:
         value = tuple(units(v) if isinstance(v, np.ndarray) else v for v in sizes.value)
-        return Count(sizes.site, sizes.key, sizes.old, value, sizes.single)
+        return replace(sizes, value=value)
 
     members = tuple(
         Member(*key, units(ids), key in flow.makes, key in flow.reads)
@@ -208,20 +188,14 @@ def misfit(
         for twin in (small, masked):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                outputs.append([t.double() for t in tensors_in(twin(*example))])
+                outputs.append(list(tensors_in(twin(*example))))
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"the network's code is written for all of its channels ({reason})"
     for got, want in zip(*outputs, strict=True):
-        if got.shape != want.shape or not _far(got, want) < EQUAL:
+        if numerics.relative(got, want) > EQUAL:
             return "without some of them the network computes something else than with these masked"
     return ""
-
-
-def _far(got: Tensor, want: Tensor) -> float:
-    """RMS(got - want) / RMS(want)."""
-    size = want.square().mean().sqrt().clamp_min(1e-12)
-    return float((got - want).square().mean().sqrt() / size)
 
 
 def _half(group: Group) -> np.ndarray:
@@ -248,4 +222,10 @@ def cut(model: nn.Module, group: Group, kept: np.ndarray) -> None:
         if (member.units >= 0).any():
             surgery.take(model, member.name, member.dim, member.positions(kept))
     for count in group.counts:
-        surgery.set_constant(model, count.site, count.key, count.old, count.after(kept))
+        surgery.set_constant(model, count.site, count.key, count.old, _counted(count, kept))
+
+
+def _counted(count: Sizes, kept: np.ndarray) -> Any:
+    """The constant when `kept` [units] says which units stay."""
+    now = [v if isinstance(v, int) else int(_stays(v, kept).sum()) for v in count.value]
+    return now[0] if count.single else now

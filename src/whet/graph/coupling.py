@@ -143,6 +143,12 @@ class Flow:
             ids = self.labels(node).get(dim, np.zeros(0, int))
             where.update(self.home[i] for i in ids.reshape(-1).tolist() if i in self.home)
 
+    def tie(self, table: np.ndarray) -> np.ndarray:
+        """Make each row of `table` one channel; gives that channel, [rows]."""
+        for column in table.T[1:]:
+            self.union.merge(table[:, 0], column)
+        return table[:, 0]
+
     def is_fixed(self, labels: np.ndarray) -> bool:
         """Whether none of these channels can be removed."""
         return all(self.union.find(int(i)) in self.union.reasons for i in labels.reshape(-1))
@@ -178,13 +184,6 @@ def operator(node: Node) -> str:
 
 def _argument(node: Node, place: int, name: str, default: Any) -> Any:
     return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
-
-
-def _bundle(flow: Flow, labels: np.ndarray, groups: int) -> None:
-    """The j-th channel of every group goes together, so that groups stay equal."""
-    rows = labels.reshape(groups, -1)
-    for row in rows[1:]:
-        flow.union.merge(rows[0], row)
 
 
 def _uniform(flow: Flow, table: np.ndarray) -> bool:
@@ -228,8 +227,9 @@ def _convolution(flow: Flow, node: Node) -> Labels:
         flow.union.merge(np.repeat(inner.reshape(groups, -1)[:, 0], out // groups), outer)
     else:
         outer = flow.of(weight, 0)
-        _bundle(flow, inner, groups)
-        _bundle(flow, outer, groups)
+        # the j-th channel of every group goes together, so that groups stay equal
+        flow.tie(inner.reshape(groups, -1).T)
+        flow.tie(outer.reshape(groups, -1).T)
         flow.mark(flow.makes, weight, 0)
         flow.mark(flow.reads, weight, 1)
         flow.join(weight, 1, inner[: channels // groups])
@@ -413,14 +413,12 @@ def _group_norm(flow: Flow, node: Node) -> Labels:
     """Whole groups are units: a channel less would change what the others are divided by."""
     x, groups = node.args[0], int(node.args[1])  # type: ignore[arg-type]
     ids = flow.of(x, 1)
-    units = ids.reshape(groups, -1)
-    for column in units.T[1:]:
-        flow.union.merge(units[:, 0], column)
+    units = flow.tie(ids.reshape(groups, -1))
     for place, name in ((2, "weight"), (3, "bias")):
         flow.join(_argument(node, place, name, None), 0, ids)
     call = flow.trace.call(node)
     key = call.key(1, "num_groups") if call is not None and call.op == "group_norm" else None
-    flow.count(node, key, [units[:, 0]], one=True)
+    flow.count(node, key, [units], one=True)
     return flow.labels(x) | {1: ids}
 
 
@@ -462,23 +460,18 @@ def _concat(flow: Flow, node: Node) -> Labels:
     made: Labels = {}
     for d in {d for part in parts for d in flow.labels(part)}:
         ids = [flow.of(part, d) for part in parts]
-        if d != dim:
-            for other in ids[1:]:
-                flow.union.merge(ids[0], other)
-        made[d] = np.concatenate(ids) if d == dim else ids[0]
+        made[d] = np.concatenate(ids) if d == dim else flow.tie(np.stack(ids, axis=1))
     return made
 
 
 def _stack(flow: Flow, node: Node) -> Labels:
     parts = list(node.args[0])  # type: ignore[arg-type]
     dim = int(_argument(node, 1, "dim", 0)) % len(shape(node))
-    made: Labels = {}
-    for d in {d for part in parts for d in flow.labels(part)}:
-        ids = [flow.of(part, d) for part in parts]
-        for other in ids[1:]:
-            flow.union.merge(ids[0], other)
-        made[d + (d >= dim)] = ids[0]
-    return made
+    held = {d for part in parts for d in flow.labels(part)}
+    return {
+        d + (d >= dim): flow.tie(np.stack([flow.of(part, d) for part in parts], axis=1))
+        for d in held
+    }
 
 
 def _split(flow: Flow, node: Node) -> Labels:
@@ -499,8 +492,7 @@ def _split(flow: Flow, node: Node) -> Labels:
             key = call.key(1, named[call.op], "split_size_or_sections")
             flow.count(node, key, whole, one=False)
         elif operator(node) == "chunk" and len(set(sizes)) == 1:
-            for piece in whole[1:]:
-                flow.union.merge(whole[0], piece)
+            flow.tie(np.stack(whole, axis=1))
         else:
             flow.fix(node, [{dim: ids}], f"{operator(node)} along its channels")
     flow.parts[node.name] = []
@@ -568,9 +560,8 @@ def _slice(flow: Flow, node: Node) -> Labels:
         return labels
     ids = labels.pop(dim)
     call = flow.trace.call(node)
-    found = (
-        call.slice_key(dim, len(shape(x))) if call is not None and call.op == "getitem" else None
-    )
+    ours = call is not None and call.op == "getitem"
+    found = call.slice_key(dim, len(shape(x))) if call is not None and ours else None
     ends = [] if found is None else [e for e in (found[1].start, found[1].stop) if e is not None]
     if found is None or found[1].step not in (None, 1) or any(end < 0 for end in ends):
         flow.fix(node, [{dim: ids}], "a slice with constant ends")
@@ -647,10 +638,7 @@ def _reshape(flow: Flow, node: Node) -> Labels:
         tables = {d: np.moveaxis(split, k, 0).reshape(after[d], -1) for k, d in enumerate(wide)}
         whole = [d for d in wide if len(wide) > 1 and _uniform(flow, tables[d])]
         place = whole[0] if whole else _survivor(node, wide)
-        table = tables[place]
-        for column in table.T[1:]:
-            flow.union.merge(table[:, 0], column)
-        made[place] = ids if len(wide) == 1 else table[:, 0]
+        made[place] = flow.tie(tables[place])
         _count_size(flow, node, place, made[place])
     return made
 
@@ -812,10 +800,7 @@ def _pixel_shuffle(flow: Flow, node: Node) -> Labels:
     labels = dict(flow.labels(node.args[0]))
     dim, r = len(shape(node)) - 3, int(node.args[1])  # type: ignore[arg-type]
     if dim in labels and operator(node) == "pixel_shuffle":
-        table = labels[dim].reshape(-1, r * r)
-        for column in table.T[1:]:
-            flow.union.merge(table[:, 0], column)
-        labels[dim] = table[:, 0]
+        labels[dim] = flow.tie(labels[dim].reshape(-1, r * r))
     elif dim in labels:
         labels[dim] = np.repeat(labels[dim], r * r)
     return {d: ids for d, ids in labels.items() if d <= dim}
@@ -824,8 +809,9 @@ def _pixel_shuffle(flow: Flow, node: Node) -> Labels:
 def _channel_shuffle(flow: Flow, node: Node) -> Labels:
     labels, groups = dict(flow.labels(node.args[0])), int(node.args[1])  # type: ignore[arg-type]
     if 1 in labels:
-        _bundle(flow, labels[1], groups)
-        labels[1] = labels[1].reshape(groups, -1).T.reshape(-1)
+        table = labels[1].reshape(groups, -1).T
+        flow.tie(table)
+        labels[1] = table.reshape(-1)
     return labels
 
 
@@ -833,18 +819,15 @@ def _glu(flow: Flow, node: Node) -> Labels:
     labels = dict(flow.labels(node.args[0]))
     dim = int(_argument(node, 1, "dim", -1)) % len(shape(node))
     if dim in labels:
-        first, second = np.split(labels[dim], 2)
-        flow.union.merge(first, second)
-        labels[dim] = first
+        labels[dim] = flow.tie(labels[dim].reshape(2, -1).T)
     return labels
 
 
 def _same(flow: Flow, node: Node) -> Labels:
-    """Shape-keeping in the channel dimensions: activations, pooling, dropout, interpolation."""
+    """What keeps its shape and acts on every value alone: activations, dropout, copies."""
     labels, before, after = flow.labels(node.args[0]), shape(node.args[0]), shape(node)
     kept = {d: i for d, i in labels.items() if d < len(after) and after[d] == before[d]}
     flow.fix(node, [{d: i for d, i in labels.items() if d not in kept}], f"{node.target}")
-    flow.parts[node.name] = [kept, kept]  # max_pool2d with indices
     return kept
 
 

@@ -9,6 +9,7 @@ a change in the user's code, and survives `torch.export`. The name of a site is
 from __future__ import annotations
 
 import inspect
+import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +30,9 @@ from whet.task import evaluating, tensors_in
 
 ALIASES = {"iadd": "add", "radd": "add", "imul": "mul", "rmul": "mul", "concat": "cat"}
 ALIASES |= {"concatenate": "cat"}
+
+# a position or a name, then entries of lists and ends of slices; see `corrected`
+KEY = re.compile(r"(\d{1,3}|[a-z_]\w*)(\.(\d{1,3}|start|stop))*")
 
 Observer = Callable[[str, str, tuple[Any, ...], Any], None]
 
@@ -186,6 +190,19 @@ def corrected(
         if fits:
             holder[at] = _replaced(holder[at], way, new)
     return tuple(changed), named
+
+
+def is_correction(key: Any, old: Any, new: Any) -> bool:
+    """Whether a cut can have made this of a constant: counts that are fewer, none of them new."""
+    before, after = (v if isinstance(v, list) else [v] for v in (old, new))
+    return (
+        isinstance(key, str)
+        and KEY.fullmatch(key) is not None
+        and isinstance(old, list) == isinstance(new, list)
+        and len(before) == len(after)
+        and all(type(v) is int for v in (*before, *after))
+        and all(0 <= b <= a or a == b for a, b in zip(before, after, strict=True))
+    )
 
 
 def _is_old(own: Any, old: Any) -> bool:

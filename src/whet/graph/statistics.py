@@ -129,6 +129,36 @@ def histograms(
     return found
 
 
+def averages(
+    model: nn.Module,
+    batches: Batches,
+    sums: Callable[[str, str, Tensor], tuple[Tensor, int] | None],
+    examples: int | None = None,
+) -> dict[str, Tensor]:
+    """A mean, in float64, over all that each module's calls read, by module path.
+
+    Args:
+        model: the network.
+        batches: the data.
+        sums: (module path, operation, the input of one call) -> a sum and of how many; None to
+            pass the call over.
+        examples: how many at most.
+    """
+    totals: dict[str, Tensor] = {}
+    seen: dict[str, int] = {}
+
+    def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
+        path = site.rpartition("/")[0]
+        x = args[0] if args else None
+        found = sums(path, op, x.detach()) if isinstance(x, Tensor) else None
+        if found is not None:
+            totals[path] = found[0].double() + totals.get(path, 0.0)
+            seen[path] = seen.get(path, 0) + found[1]
+
+    sweep(model, batches, show, examples)
+    return {path: total / seen[path] for path, total in totals.items()}
+
+
 def input_means(
     model: nn.Module, batches: Batches, operations: Collection[str], examples: int | None = None
 ) -> dict[str, Tensor]:
@@ -136,20 +166,15 @@ def input_means(
 
     Channels are dimension 1 of a convolution's input and the last of a linear layer's.
     """
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
 
-    def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
-        if op not in operations or not isinstance(args[0], Tensor):
-            return
-        path, x = site.rpartition("/")[0], args[0].detach()
-        channel = x.ndim - 1 if op == "linear" else 1
-        rows = x.movedim(channel, 0).reshape(x.shape[channel], -1).double()
-        sums[path] = sums.get(path, torch.zeros(len(rows)).double()) + rows.sum(dim=1)
-        seen[path] = seen.get(path, 0) + rows.shape[1]
+    def sums(path: str, op: str, x: Tensor) -> tuple[Tensor, int] | None:
+        if op not in operations:
+            return None
+        rows = x.movedim(x.ndim - 1 if op == "linear" else 1, 0).flatten(1)
+        return rows.double().sum(dim=1), rows.shape[1]
 
-    sweep(model, batches, show, examples)
-    return {path: (total / seen[path]).float() for path, total in sums.items()}
+    found = averages(model, batches, sums, examples)
+    return {path: mean.float() for path, mean in found.items()}
 
 
 def second_moments(
@@ -160,26 +185,19 @@ def second_moments(
     Returns:
         [groups, d, d] for each layer that ran, with d the number of weights of one filter.
     """
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
 
-    def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
-        path = site.rpartition("/")[0]
-        if op not in ("linear", "conv1d", "conv2d", "conv3d") or not isinstance(args[0], Tensor):
-            return
+    def sums(path: str, op: str, x: Tensor) -> tuple[Tensor, int] | None:
         layer = model.get_submodule(path)
-        if isinstance(layer, nn.Linear):
-            rows = args[0].detach().reshape(1, -1, args[0].shape[-1])
-        elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            rows = windows(args[0].detach(), layer)
+        if op == "linear" and isinstance(layer, nn.Linear):
+            rows = x.reshape(1, -1, x.shape[-1])
+        elif op.startswith("conv") and isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            rows = windows(x, layer)
         else:
-            return
-        moment = rows.transpose(1, 2) @ rows
-        sums[path] = moment.double() + sums.get(path, 0.0)
-        seen[path] = seen.get(path, 0) + rows.shape[1]
+            return None
+        return rows.transpose(1, 2) @ rows, rows.shape[1]
 
-    sweep(model, batches, show, examples)
-    return {path: (total / seen[path]).float() for path, total in sums.items()}
+    found = averages(model, batches, sums, examples)
+    return {path: moment.float() for path, moment in found.items()}
 
 
 def windows(x: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:

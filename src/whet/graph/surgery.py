@@ -19,6 +19,7 @@ from whet import packed
 from whet.errors import Damaged, Refused, nearest
 from whet.graph import sites
 from whet.graph.attention import Attention, unfolded
+from whet.graph.blocks import Shortcut
 from whet.graph.ledger import Edit, Grid, ledger
 
 # what an edit raises on a network, or by a description, that it does not fit
@@ -142,7 +143,7 @@ def describe(module: nn.Module) -> dict[str, Any]:
         }
     if isinstance(module, nn.Sequential):
         return {"type": kind, "children": [describe(child) for child in module]}
-    if isinstance(module, nn.Identity):
+    if isinstance(module, nn.Identity):  # a Shortcut as well
         return {"type": kind}
     if isinstance(module, Attention):
         return {
@@ -167,8 +168,8 @@ def construct(spec: Mapping[str, Any]) -> nn.Module:
         Damaged: the description is not one that `describe` writes.
     """
     kind = spec.get("type")
-    if kind == "Identity":
-        return nn.Identity()
+    if kind in ("Identity", "Shortcut"):
+        return nn.Identity() if kind == "Identity" else Shortcut()
     if kind == "Sequential":
         return nn.Sequential(*[construct(child) for child in spec["children"]])
     if kind == "Attention":
@@ -178,7 +179,7 @@ def construct(spec: Mapping[str, Any]) -> nn.Module:
         raise Damaged(
             "replay an edit",
             f"it places a {kind!r}",
-            nearest(str(kind), [*classes, "Identity", "Attention"]),
+            nearest(str(kind), [*classes, "Identity", "Shortcut", "Attention"]),
         )
     sizes = int(spec["in"]), int(spec["out"])
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
@@ -286,6 +287,12 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
         set_grids(model, grids)
     for site, constants in book.get("constants", {}).items():
         for argument, (old, new) in constants.items():
+            if not sites.is_correction(argument, old, new):
+                raise Damaged(
+                    f"give the call at {site!r} its corrected constants",
+                    f"{argument!r}: {old!r} -> {new!r} is not what a cut leaves",
+                    "Copy the file again from where it was written.",
+                )
             set_constant(model, site, argument, old, new)
 
 

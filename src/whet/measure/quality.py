@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whet.errors import Disagrees
+from whet.numerics import relative
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
 from whet.task import Batches, Metric, as_arguments, batch_size, limited, tensors_in
@@ -166,14 +167,6 @@ def gate(
             "found": target.integer_layers(result.said["kernels"]),
         },
     }
-
-
-def relative(got: Tensor, want: Tensor) -> float:
-    """RMS(got - want) / RMS(want); infinite where the shapes differ or a value is not finite."""
-    if got.shape != want.shape or not bool(torch.isfinite(got).all()):
-        return float("inf")
-    scale = want.double().square().mean().sqrt().clamp_min(1e-12)
-    return float((got.double() - want.double()).square().mean().sqrt() / scale)
 
 
 def first_difference(target: Target, net: Deployable, threads: int) -> str:

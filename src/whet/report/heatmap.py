@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from whet.report.page import POLICY, STYLE
+from whet.report.page import document
 
 Found = Mapping[str, Any]
 CURVE_WIDTH, CURVE_HEIGHT = 120, 28
@@ -67,26 +67,12 @@ def heatmap(found: Found) -> str:
         for technique, places in by_place(found).items()
     )
     title = f"Sensitivity of {found['task'] or 'the network'}"
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{escape(title)}</title>
-<style>{STYLE}{MORE}</style>
-</head>
-<body>
-<main>
-<header><div class="soft"><b>whet</b> · probe</div><h1>{escape(title)}</h1>
+    header = f"""<header><div class="soft"><b>whet</b> · probe</div><h1>{escape(title)}</h1>
 <p>{escape(" · ".join(about))}</p>
 <p class="soft">A cell is what {escape(metric)} loses{_words(found)} when this place alone is
 compressed so far. Red loses, green gains. The savings are those of the strongest try.</p></header>
-{sections}</main>
-</body>
-</html>
 """
+    return document(title, header + sections, MORE)
 
 
 def _table(places: Mapping[str, Sequence[Mapping[str, Any]]], found: Found) -> str:

@@ -182,6 +182,12 @@ def page(report: Report) -> str:
         _section("recipe", "Recipe", _recipe(report)),
         _section("signature", "How it was measured", _signature(report)),
     ]
+    return document(headline(report), _header(report) + "\n" + "".join(sections), script=SCRIPT)
+
+
+def document(title: str, body: str, style: str = "", script: str = "") -> str:
+    """A page that asks for nothing: the shared look, a style of its own, and what it may run."""
+    run = f"<script>{script}</script>\n" if script else ""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -189,15 +195,13 @@ def page(report: Report) -> str:
 <meta name="viewport" content="width=device-width,initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
-<title>{_safe(headline(report))}</title>
-<style>{STYLE}</style>
+<title>{_safe(title)}</title>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 <main>
-{_header(report)}
-{"".join(sections)}</main>
-<script>{SCRIPT}</script>
-</body>
+{body}</main>
+{run}</body>
 </html>
 """
 

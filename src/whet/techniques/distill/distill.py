@@ -14,19 +14,16 @@ Costs: a forward pass of the parent on top of training.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from whet.errors import Refused
-from whet.fit import widened
-from whet.task import as_arguments
-from whet.technique import TrainTechnique, Work
+from whet.rungs.training import TrainTechnique, answers
+from whet.technique import Work
 
 
 class Distill(TrainTechnique):
@@ -42,14 +39,10 @@ class Distill(TrainTechnique):
                 "the task has a loss of its own, so its outputs may not be class scores",
                 "Use FineTune for this task.",
             )
-        teacher = copy.deepcopy(work.parent).eval().requires_grad_(False)
-        teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        teacher = answers(work)
 
         def loss(inputs: Any, labels: Any, outputs: Tensor) -> Tensor:
-            teacher.to(outputs.device)
-            with torch.no_grad():
-                wanted = widened(teacher(*as_arguments(inputs)))
-            soft = divergence(outputs, wanted, self.temperature)
+            soft = divergence(outputs, teacher(inputs), self.temperature)
             return (1 - self.alpha) * work.task.penalty(outputs, labels) + self.alpha * soft
 
         return loss

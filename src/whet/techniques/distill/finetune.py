@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from whet.technique import TrainTechnique, Work
+from whet.rungs.training import TrainTechnique
+from whet.technique import Work
 
 
 class FineTune(TrainTechnique):

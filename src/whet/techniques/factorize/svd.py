@@ -22,7 +22,8 @@ from whet import packed
 from whet.errors import Refused
 from whet.graph import surgery
 from whet.graph.ledger import Grid
-from whet.technique import LayerTechnique, Work, weights
+from whet.rungs.layers import LayerTechnique, weights
+from whet.technique import Work
 
 
 class Svd(LayerTechnique):

@@ -25,8 +25,9 @@ from pydantic import Field
 from torch import Tensor
 
 from whet.fit import fit
-from whet.pruners import Masks, TrainedPruner
-from whet.technique import Work, keep, weights
+from whet.rungs.layers import keep
+from whet.rungs.training import Masks, TrainedPruner
+from whet.technique import Work
 
 Tensors = dict[str, Tensor]
 
@@ -41,7 +42,7 @@ class AdmmPrune(TrainedPruner):
     ] = 0.5
 
     def prune(self, work: Work, objective: Callable[[Any, Any, Any], Tensor]) -> None:
-        layers = dict(weights(work.model, self.skip))
+        layers = dict(self.layers(work.model))
 
         def current() -> Tensors:
             return {path: module.weight for path, module in layers.items()}  # type: ignore
@@ -69,7 +70,7 @@ class AdmmPrune(TrainedPruner):
             for part in (self.drawn, 1 - self.drawn)
         )
         fit(work.model, work.task.train, pulled, draw, tell=drawing)
-        Masks(work.model, self.skip).choose(self.amount, self.scope)
+        Masks(self.layers(work.model)).choose(self.amount, self.scope)
         retrain.train(work, objective, retraining)
 
     def _project(self, values: Tensors) -> Tensors:

@@ -21,11 +21,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.criteria import unit_means
 from whet.graph import statistics, surgery
 from whet.graph.channels import Group
+from whet.rungs.channels import ChannelTechnique
+from whet.rungs.criteria import unit_means
+from whet.rungs.layers import MATMULS
 from whet.task import Batches
-from whet.technique import MATMULS, ChannelTechnique, Need, Work
+from whet.technique import Need, Work
 
 READERS = (*MATMULS, *surgery.TRANSPOSED)
 
@@ -60,19 +62,14 @@ def nonzero(
     model: nn.Module, batches: Batches, examples: int, threshold: float = 0.0
 ) -> dict[str, Tensor]:
     """1 - APoZ of each input channel of the linear layers and convolutions, by their weight."""
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, int] = {}
 
-    def show(site: str, op: str, args: tuple[Any, ...], out: Any) -> None:
-        path = site.rpartition("/")[0]
+    def sums(path: str, op: str, x: Tensor) -> tuple[Tensor, int] | None:
         layer: Any = model.get_submodule(path)
         if not op.startswith(("linear", "conv")) or not isinstance(layer, READERS):
-            return
-        name, x = f"{path}.weight" if path else "weight", args[0]
+            return None
         channel = -1 if isinstance(layer, nn.Linear) else 1 - layer.weight.ndim
         fires = (x.abs() > threshold).movedim(channel, 0).flatten(1)
-        sums[name] = fires.double().sum(dim=1) + sums.get(name, 0.0)
-        seen[name] = seen.get(name, 0) + fires.shape[1]
+        return fires.double().sum(dim=1), fires.shape[1]
 
-    statistics.sweep(model, batches, show, examples)
-    return {name: total / seen[name] for name, total in sums.items()}
+    found = statistics.averages(model, batches, sums, examples)
+    return {f"{path}.weight" if path else "weight": share for path, share in found.items()}

@@ -18,16 +18,17 @@ Departures: a channel with several BatchNorms (a residual sum) counts by the mea
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.criteria import SparseTechnique, unit_means
 from whet.graph import surgery
 from whet.graph.channels import Group, Member
+from whet.rungs.channels import Scope
+from whet.rungs.criteria import SparseTechnique, unit_means
 from whet.technique import Work
 
 
@@ -37,7 +38,7 @@ class BatchNormScale(SparseTechnique):
     tiny: ClassVar[dict[str, Any]] = {"multiple_of": 2, "epochs": 1}
 
     scope: Annotated[
-        Literal["layer", "global"], Field(description="rank within each group or over all")
+        Scope, Field(description="rank within each group, over all, or over those built alike")
     ] = "global"
 
     def sparsity(self, model: nn.Module, groups: list[Group]) -> Tensor:

@@ -1,33 +1,42 @@
 """DropBlocks: residual blocks whose absence hurts least are taken out.
 
-    I_b = loss(network with block b switched off) - loss(network)
+    by="loss":       I_b = loss(network with block b switched off) - loss(network)
+    by="influence":  I_b = 1 - E[x_b . y_b / (|x_b| |y_b|)], x_b what goes in, y_b what comes out
 
-A block can go when its input reaches its output through nothing but the skip connection's add
-and ReLU, so that an identity in its place is the network with the branch switched off.
+A block can go when its input reaches its output through nothing but the skip connection's add and
+ReLU, so that an identity in its place is the network with the branch switched off; transformer
+layers count, those with a LayerNorm behind the sum as well.
 
-Papers: Veit et al. 2016 (residual networks behave like ensembles of shallow ones);
-    Huang and Wang 2018 (data-driven sparse structure selection) remove blocks likewise.
+Papers: Veit et al. 2016 (residual networks behave like ensembles of shallow ones); Huang and Wang
+    2018 (data-driven sparse structure selection) remove blocks likewise; Men et al. 2024, ShortGPT
+    (block influence, a mean over the vectors of all positions).
 Helps when: the network is deep and narrow: time falls in every runtime and precision as the
     number of layers does, which cutting channels does not give.
 Hurts when: there are few blocks, or no training follows.
 Needs: validation data; calibration data for new BatchNorm statistics.
-Costs: (blocks + 1) passes over `examples` validation examples, once a round.
+Costs: passes over `examples` validation examples, each round: one for each block and one more by
+    loss, a single one by influence.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Annotated, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from whet import fit, packed
 from whet.errors import Refused
 from whet.graph import blocks, surgery
 from whet.graph.ledger import Grid
+from whet.rungs.channels import refresh_batchnorm
+from whet.rungs.layers import Skip, skipped
 from whet.task import as_arguments, batch_size, limited
-from whet.technique import Need, Skip, Technique, Work, refresh_batchnorm, skipped
+from whet.technique import Need, Technique, Work
 
 
 class DropBlocks(Technique):
@@ -38,6 +47,9 @@ class DropBlocks(Technique):
 
     amount: Annotated[float, Field(ge=0, le=1, description="share of all residual blocks")] = 0.33
     rounds: Annotated[int, Field(ge=1, description="look again after each share of them")] = 3
+    by: Annotated[
+        Literal["loss", "influence"], Field(description="what the loss says, or how little it does")
+    ] = "loss"
     examples: Annotated[int, Field(ge=1, description="validation examples for each look")] = 1000
     calibrate: Annotated[int, Field(ge=0, description="examples for BatchNorm statistics")] = 2048
     skip: Skip = ()
@@ -57,10 +69,11 @@ class DropBlocks(Technique):
         for turn in range(self.rounds):
             share = round(goal * (turn + 1) / self.rounds) - len(gone)
             left = [path for path in free if path not in gone]
-            costs = self._costs(work, left, (turn, self.rounds))
+            look = self._costs if self.by == "loss" else self._influences
+            costs = look(work, left, (turn, self.rounds))
             worst_first = sorted(left, key=lambda path: costs[path])
             for path in worst_first[:share]:
-                surgery.replace(work.model, path, nn.Identity())
+                surgery.replace(work.model, path, blocks.Shortcut())
                 gone.append(path)
             refresh_batchnorm(work, self.calibrate if share else 0)
         work.notes = [n for k, n in enumerate(work.notes) if n not in work.notes[:k]]
@@ -79,6 +92,29 @@ class DropBlocks(Technique):
         return costs
 
     @torch.no_grad()
+    def _influences(self, work: Work, paths: list[str], turn: tuple[int, int]) -> dict[str, float]:
+        sums = dict.fromkeys(paths, 0.0)
+
+        def look(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+                sums[path] += influence(args[0], out) * len(out)
+
+            return hook
+
+        work.model.eval()
+        seen = 0
+        assert work.task.validation is not None  # `needs` was checked before any work
+        with ExitStack() as hooks:
+            for path in paths:
+                module = work.model.get_submodule(path)
+                hooks.enter_context(module.register_forward_hook(look(path)))
+            for inputs, _ in limited(work.task.validation, self.examples):
+                work.model(*as_arguments(inputs))
+                seen += batch_size(inputs)
+        work.tell(turn[0] + 1, turn[1])
+        return {path: total / seen for path, total in sums.items()}
+
+    @torch.no_grad()
     def _loss(self, work: Work) -> float:
         cpu = torch.device("cpu")
         total, seen = 0.0, 0
@@ -91,5 +127,14 @@ class DropBlocks(Technique):
         return total / seen
 
 
-def _switched_off(module: nn.Module, args: tuple[torch.Tensor, ...], out: object) -> torch.Tensor:
+def influence(x: Tensor, y: Tensor) -> float:
+    """1 - E[x . y / (|x| |y|)] over the vectors of all positions.
+
+    Args:
+        x: [n, channels, height, width], or with the channels last, likewise `y`.
+    """
+    return float(1 - F.cosine_similarity(x, y, dim=1 if x.ndim == 4 else -1).mean())
+
+
+def _switched_off(module: nn.Module, args: tuple[Tensor, ...], out: object) -> Tensor:
     return args[0]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whet.technique import FilterTechnique
+from whet.rungs.channels import FilterTechnique
 
 
 class GeometricMedian(FilterTechnique):

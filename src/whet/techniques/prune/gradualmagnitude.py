@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from whet.pruners import Masks, TrainedPruner
+from whet.rungs.training import Masks, TrainedPruner
 from whet.technique import Work
 
 
@@ -34,7 +34,7 @@ class GradualMagnitude(TrainedPruner):
     every: Annotated[int, Field(ge=1, description="dt, steps between two masks")] = 32
 
     def prune(self, work: Work, objective: Callable[[Any, Any, Any], Tensor]) -> None:
-        masks = Masks(work.model, self.skip)
+        masks = Masks(self.layers(work.model))
         masks.choose(min(self.start, self.amount), self.scope)
         at_end = False
 

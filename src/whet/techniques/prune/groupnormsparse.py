@@ -26,9 +26,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.criteria import SparseTechnique, rows, unit_sums
 from whet.graph import surgery
 from whet.graph.channels import Group, Member
+from whet.rungs.criteria import SparseTechnique, rows, unit_sums
 
 
 class GroupNormSparse(SparseTechnique):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from whet.criteria import GradientTechnique
+from whet.rungs.criteria import GradientTechnique
 
 
 class Hessian(GradientTechnique):

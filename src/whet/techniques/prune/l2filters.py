@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from whet.technique import FilterTechnique
+from whet.rungs.channels import FilterTechnique
 
 
 class L2Filters(FilterTechnique):

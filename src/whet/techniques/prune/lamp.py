@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from whet.technique import ScoreTechnique
+from whet.rungs.layers import ScoreTechnique
 
 
 class Lamp(ScoreTechnique):

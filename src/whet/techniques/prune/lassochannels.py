@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 from torch import Tensor
 
-from whet.criteria import Reader, ReconstructionTechnique, regression
+from whet.rungs.criteria import Reader, ReconstructionTechnique, regression
 
 MOST_BENDS = 8  # a channel; more would be rounding that goes in circles
 

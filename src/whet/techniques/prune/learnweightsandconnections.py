@@ -22,7 +22,7 @@ from typing import Annotated, Any
 from pydantic import Field
 from torch import Tensor
 
-from whet.pruners import Masks, TrainedPruner
+from whet.rungs.training import Masks, TrainedPruner
 from whet.technique import Work
 
 
@@ -33,7 +33,7 @@ class LearnWeightsAndConnections(TrainedPruner):
     lr: Annotated[float, Field(gt=0, le=10, description="a tenth of the first training's")] = 0.001
 
     def prune(self, work: Work, objective: Callable[[Any, Any, Any], Tensor]) -> None:
-        masks = Masks(work.model, self.skip)
+        masks = Masks(self.layers(work.model))
         for done in range(self.rounds):
             masks.choose(share(done + 1, self.rounds, self.amount), self.scope, back=False)
             tell = lambda k, n, r=done: work.tell(r * n + k, self.rounds * n)  # noqa: E731

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from whet.technique import ScoreTechnique
+from whet.rungs.layers import ScoreTechnique
 
 
 class Magnitude(ScoreTechnique):

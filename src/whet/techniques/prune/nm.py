@@ -21,8 +21,8 @@ from pydantic import Field
 
 from whet import packed
 from whet.errors import Refused
-from whet.pruners import n_of_m, uneven
-from whet.technique import LayerTechnique, Work, weights
+from whet.rungs.layers import LayerTechnique, n_of_m, uneven, weights
+from whet.technique import Work
 
 
 class NM(LayerTechnique):

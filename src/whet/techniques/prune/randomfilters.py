@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import Field
 
 from whet.graph.channels import Group
-from whet.technique import ChannelTechnique
+from whet.rungs.channels import ChannelTechnique
 
 
 class RandomFilters(ChannelTechnique):

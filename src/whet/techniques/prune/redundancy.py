@@ -25,11 +25,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.criteria import assign, makers, rows
 from whet.graph import folding, surgery
 from whet.graph.channels import Group, Member
 from whet.graph.trace import baked
-from whet.technique import ChannelTechnique, Work
+from whet.rungs.channels import ChannelTechnique
+from whet.rungs.criteria import assign, makers, rows
+from whet.technique import Work
 
 Alike = dict[int, np.ndarray]  # [units, units] for each group
 

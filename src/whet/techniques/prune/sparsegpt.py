@@ -24,8 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from whet.pruners import CalibratedPruner, n_of_m
-from whet.technique import keep_largest
+from whet.rungs.layers import CalibratedPruner, keep_largest, n_of_m
 
 
 class SparseGpt(CalibratedPruner):

@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from whet.criteria import GradientTechnique
+from whet.rungs.criteria import GradientTechnique
 
 
 class Taylor(GradientTechnique):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from whet.criteria import Reader, ReconstructionTechnique, regression
+from whet.rungs.criteria import Reader, ReconstructionTechnique, regression
 
 
 class ThiNet(ReconstructionTechnique):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from whet.pruners import CalibratedPruner, n_of_m, without_lowest
+from whet.rungs.layers import CalibratedPruner, n_of_m, without_lowest
 
 
 class Wanda(CalibratedPruner):

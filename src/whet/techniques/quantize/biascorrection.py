@@ -21,7 +21,8 @@ from torch import Tensor
 from whet import packed
 from whet.errors import Refused
 from whet.graph import statistics
-from whet.technique import Need, Technique, Work, weights
+from whet.rungs.layers import weights
+from whet.technique import Need, Technique, Work
 
 OPERATIONS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
 

@@ -26,7 +26,8 @@ from whet import numerics, packed
 from whet.errors import Refused
 from whet.graph import folding, sites, statistics, surgery
 from whet.graph.ledger import Grid
-from whet.technique import Need, Skip, Technique, Work, skipped, weights
+from whet.rungs.layers import Skip, skipped, weights
+from whet.technique import Need, Technique, Work
 
 MATMULS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
 # operations that the runtimes run on integers, so that their inputs deserve a grid

@@ -21,8 +21,9 @@ from whet.fit import Schedule, fit
 from whet.graph import statistics, surgery
 from whet.graph.channels import Group, Member
 from whet.graph.trace import baked
+from whet.rungs.channels import ChannelTechnique
 from whet.task import Task, as_arguments, limited
-from whet.technique import ChannelTechnique, Need, Work
+from whet.technique import Need, Work
 
 
 def rows(tensor: Tensor, dim: int) -> Tensor:

@@ -1,0 +1,244 @@
+"""The rungs of techniques that work on the weights of linear and convolutional layers."""
+
+from __future__ import annotations
+
+import fnmatch
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from whet import packed
+from whet.errors import Refused
+from whet.graph import statistics, surgery
+from whet.technique import Need, Technique, Work
+
+MATMULS = (nn.Linear, *surgery.CONVOLUTIONS)
+SHARES = (0.5, 0.7, 0.8, 0.9, 0.95)  # of weights to zero, for a probe
+Pattern = Literal["unstructured", "2:4", "4:8"]
+
+Skip = Annotated[tuple[str, ...], Field(description="module paths to leave alone; * matches any")]
+Only = Annotated[tuple[str, ...], Field(description="module paths to work on; empty for all")]
+
+
+def skipped(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether `path` or a module that holds it matches one of `patterns`."""
+    return any(fnmatch.fnmatch(path, p) or path.startswith(f"{p}.") for p in patterns)
+
+
+def weights(
+    model: nn.Module, skip: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear and convolutional layer with its path."""
+    for path, module in model.named_modules():
+        wanted = not only or skipped(path, only)
+        if isinstance(module, MATMULS) and wanted and not skipped(path, skip):
+            yield path, module
+
+
+class LayerTechnique(Technique):
+    """A rung below others: it works on the weights of linear and convolutional layers."""
+
+    skip: Skip = ()
+    only: Only = ()
+
+    def layers(self, model: nn.Module) -> list[tuple[str, nn.Module]]:
+        """The layers to work on, with their paths.
+
+        Raises:
+            Refused: there is none.
+        """
+        found = list(weights(model, self.skip, self.only))
+        if not found:
+            raise Refused(
+                self.name, "no linear or convolutional layer is left to work on", "Drop it."
+            )
+        return found
+
+    def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
+        return [path for path, _ in weights(model, self.skip)]
+
+
+class WeightTechnique(LayerTechnique):
+    """A rung: one dense weight in, one form out."""
+
+    @abstractmethod
+    def pack(self, weight: Tensor) -> packed.Packed:
+        """The form of `weight` [out, ...]."""
+
+    def apply(self, work: Work) -> None:
+        layers = self.layers(work.model)
+        for done, (_, module) in enumerate(layers):
+            packed.rewrite(module, "weight", self.pack)
+            work.tell(done + 1, len(layers))
+
+
+class ScoreTechnique(LayerTechnique):
+    """A rung: one score for each weight in; the lowest become zero."""
+
+    makes: ClassVar[frozenset[type]] = frozenset({packed.Sparse})
+    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"amount": SHARES}
+
+    amount: Annotated[float, Field(ge=0, lt=1, description="share of the weights to zero")] = 0.5
+    scope: Annotated[
+        Literal["layer", "global"], Field(description="rank within each layer or over all")
+    ] = "layer"
+
+    @abstractmethod
+    def score(self, weight: Tensor) -> Tensor:
+        """How much each value of `weight` matters, same shape."""
+
+    def apply(self, work: Work) -> None:
+        layers = self.layers(work.model)
+        scores = {path: self._masked_score(module) for path, module in layers}
+        masks = keep(scores, self.amount, self.scope)
+        if all(bool(mask.all()) for mask in masks.values()):
+            raise Refused(
+                f"{self.name}(amount={self.amount})",
+                "that share of the weights is none",
+                "Raise amount, or drop the step.",
+            )
+        for path, module in layers:
+            mask = masks[path]
+            packed.rewrite(module, "weight", lambda w, m=mask: packed.Sparse(packed.Dense(w), m))
+
+    def _masked_score(self, module: nn.Module) -> Tensor:
+        score = self.score(module.weight.detach())  # type: ignore[arg-type]
+        return torch.where(packed.support_of(module), score, -torch.inf)
+
+
+def keep_largest(score: Tensor, amount: float) -> Tensor:
+    """A mask that is False at the round(amount * n) lowest scores, exactly."""
+    flat = score.reshape(-1)
+    mask = torch.ones(flat.numel(), dtype=torch.bool)
+    mask[flat.argsort(stable=True)[: round(amount * flat.numel())]] = False
+    return mask.reshape(score.shape)
+
+
+def keep(scores: dict[str, Tensor], amount: float, scope: str) -> dict[str, Tensor]:
+    """Masks that are False at the share `amount` of the lowest, of each layer or "global"."""
+    if scope == "global":
+        flat = torch.cat([s.reshape(-1) for s in scores.values()])
+        return split(keep_largest(flat, amount), scores)
+    return {path: keep_largest(s, amount) for path, s in scores.items()}
+
+
+def split(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cut a flat tensor into pieces of the shapes of `like`."""
+    pieces = flat.split([t.numel() for t in like.values()])
+    return {k: p.reshape(t.shape) for (k, t), p in zip(like.items(), pieces, strict=True)}
+
+
+class CalibratedTechnique(LayerTechnique):
+    """A rung: one weight and the second moments of what it reads in, one form out.
+
+    All moments are taken in one sweep, of the network as it was before the step.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.STATISTICS})
+
+    examples: Annotated[int, Field(ge=1, description="calibration examples")] = 256
+
+    @abstractmethod
+    def pack(self, weight: Tensor, moments: Tensor) -> packed.Packed:
+        """The form of `weight` [out, in / groups, ...].
+
+        Args:
+            weight: as torch computes with it.
+            moments: E[x x^T] of the flattened inputs of each filter, [groups, d, d] with
+                d = weight[0].numel().
+        """
+
+    def apply(self, work: Work) -> None:
+        layers = self.layers(work.model)
+        batches = work.task.statistics()
+        assert batches is not None  # `needs` was checked before any work
+        moments = statistics.second_moments(work.model, batches, self.examples)
+        unread = [path for path, _ in layers if path not in moments]
+        for done, (path, module) in enumerate(layers):
+            if path in moments:
+                alive = packed.support_of(module)  # an earlier mask lies over the leaf
+                pack = lambda w, a=alive, m=moments[path]: self.pack(w * a, m)  # noqa: E731
+                packed.rewrite(module, "weight", pack)
+            work.tell(done + 1, len(layers))
+        if unread:
+            work.notes.append(f"left alone, as the calibration data never ran them: {unread}.")
+
+
+def without_lowest(score: Tensor, count: int) -> Tensor:
+    """A mask that is False at the `count` lowest scores along the last dimension, exactly."""
+    lowest = score.argsort(dim=-1, stable=True)[..., :count]
+    return torch.ones_like(score, dtype=torch.bool).scatter(-1, lowest, False)
+
+
+def n_of_m(score: Tensor, n: int, m: int) -> Tensor:
+    """A mask that is True at the `n` highest of every `m` consecutive scores, [..., k * m]."""
+    return without_lowest(score.unflatten(-1, (-1, m)), m - n).flatten(-2)
+
+
+def uneven(model: nn.Module, skip: tuple[str, ...], m: int) -> tuple[str, ...]:
+    """The layers whose number of inputs is not a multiple of `m`."""
+    found = weights(model, skip)
+    return tuple(path for path, module in found if module.weight.shape[1] % m)  # type: ignore
+
+
+class CalibratedPruner(CalibratedTechnique):
+    """A rung: rows that read the same inputs, and E[x x^T] of these, in; pruned rows out."""
+
+    makes: ClassVar[frozenset[type]] = frozenset({packed.Sparse})
+    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"amount": SHARES}
+
+    amount: Annotated[float, Field(ge=0, lt=1, description="share of the weights to zero")] = 0.5
+    pattern: Annotated[
+        Pattern, Field(description="N:M keeps N of every M inputs, whatever the amount")
+    ] = "unstructured"
+
+    @property
+    def n_of_m(self) -> tuple[int, int] | None:
+        """N and M of the pattern, or None."""
+        if self.pattern == "unstructured":
+            return None
+        n, m = self.pattern.split(":")
+        return int(n), int(m)
+
+    @abstractmethod
+    def prune(self, rows: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows that stay in place of `rows`, and the mask of what is kept of them.
+
+        Args:
+            rows: W, [out, d], the input channels next to each other; zero where gone before.
+            moment: E[x x^T], [d, d].
+        """
+
+    def apply(self, work: Work) -> None:
+        odd: tuple[str, ...] = ()
+        if self.n_of_m is not None:
+            odd = uneven(work.model, self.skip, self.n_of_m[1])
+        elif not any(self._row_losses(work)):
+            raise Refused(
+                f"{self.name}(amount={self.amount})",
+                "that share of the weights of a row is none",
+                "Raise amount, or drop the step.",
+            )
+        CalibratedTechnique.apply(self.model_copy(update={"skip": self.skip + odd}), work)
+        if odd:
+            work.notes.append(
+                f"left alone, as their inputs do not divide into {self.pattern}: {list(odd)}."
+            )
+
+    def _row_losses(self, work: Work) -> list[int]:
+        layers = weights(work.model, self.skip, self.only)
+        return [round(self.amount * module.weight[0].numel()) for _, module in layers]  # type: ignore
+
+    def pack(self, weight: Tensor, moments: Tensor) -> packed.Packed:
+        # N:M counts input channels at one place of the kernel, so these become neighbours
+        order = torch.arange(weight[0].numel()).reshape(weight.shape[1:]).movedim(0, -1).flatten()
+        groups = weight.flatten(1)[:, order].chunk(len(moments))
+        moments = moments[:, order][:, :, order]
+        found = [self.prune(rows, m) for rows, m in zip(groups, moments, strict=True)]
+        rows, kept = (torch.cat(each)[:, order.argsort()] for each in zip(*found, strict=True))
+        dense = packed.Dense(rows.reshape(weight.shape).to(weight.dtype))
+        return packed.Sparse(dense, kept.reshape(weight.shape))
