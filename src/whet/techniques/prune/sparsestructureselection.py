@@ -150,9 +150,8 @@ class SparseStructureSelection(Technique, Schedule):
             if not ends:
                 work.notes.append(f"{path} stays: its branch ends in no layer that can be scaled.")
             elif not skipped(path, self.skip):
-                layers = {
-                    end: torch.zeros(_width(work.model, end), dtype=torch.long) for end in ends
-                }
+                wide = {end: surgery.tensor_of(work.model, f"{end}.weight") for end in ends}
+                layers = {end: torch.zeros(len(w), dtype=torch.long) for end, w in wide.items()}
                 gates.append(Gate.of(path, layers, 1))
         return gates
 
