@@ -2,6 +2,7 @@
 
     WHET_DATA=... python benchmarks/mnist_sparsity.py lenet300
     WHET_DATA=... python benchmarks/mnist_sparsity.py lenet5
+    WHET_DATA=... python benchmarks/mnist_sparsity.py lenet300 --grow --densities 0.08
 
 $WHET_DATA/mnist holds mnist_train.npz and mnist_test.npz with `x` uint8 [n, 28, 28] and `y`. The
 last 5,000 training images are kept for validation; the test images are read once for each row.
@@ -29,6 +30,7 @@ from whet.runner import seed_all
 from whet.task import Task, evaluate
 from whet.technique import Work
 from whet.techniques.prune.gradualmagnitude import GradualMagnitude
+from whet.techniques.prune.growandprune import GrowAndPrune
 
 HELD_OUT = 5000
 MEAN, STD = 0.1307, 0.3081
@@ -91,6 +93,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--shift", type=int, default=1)
     parser.add_argument("--labels-only", action="store_true", help="do not learn from the parent")
+    parser.add_argument("--grow", action="store_true", help="from a seed, with GrowAndPrune")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--validation-only", action="store_true", help="leave the test images out")
     options = parser.parse_args()
@@ -99,7 +102,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     task = mnist(make(), options.shift, tested=not options.validation_only)
     seed_all(options.seed, task)
-    train(task, options.dense_epochs or dense_epochs)
+    if not options.grow:
+        train(task, options.dense_epochs or dense_epochs)
     print("| density % | weights | validation err % | test err % | model.whet bytes | minutes |")
     print("|---|---|---|---|---|---|")
     row(task, task.model, 0.0)
@@ -107,9 +111,11 @@ def main() -> None:
         seed_all(options.seed, task)
         work = Work(copy.deepcopy(task.model), task.model, task)
         began = time.perf_counter()
-        GradualMagnitude(
+        # a network that was never trained has nothing to teach
+        kind = GrowAndPrune if options.grow else GradualMagnitude
+        kind(
             amount=1 - density,
-            teacher=not options.labels_only,
+            teacher=not (options.labels_only or options.grow),
             epochs=options.epochs or epochs,
             lr=options.lr,
             optimizer="adamw",
