@@ -48,9 +48,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=0.05)
     options = parser.parse_args()
     print(f"ResNet-{options.depth}, {options.minutes:g} CPU minutes, lr {options.lr:g}\n")
-    print(
-        "| arm | seed | MACs | params | cut min | cut alone % | epochs | CPU min | validation % | test % |"
-    )
+    heads = "arm seed MACs params cut_min cut_alone_% epochs CPU_min validation_% test_%".split()
+    print("| " + " | ".join(heads).replace("_", " ") + " |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for seed in options.seeds:
         for arm in options.arms:
@@ -136,7 +135,7 @@ def torch_pruning(task: Task) -> nn.Module:
         pruner = torch_pruning.pruner.GroupNormPruner(
             model,
             task.example[0],
-            importance=torch_pruning.importance.GroupNormImportance(p=2),
+            importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=ratio,
             ignored_layers=[model.linear],
         )
