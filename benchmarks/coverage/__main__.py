@@ -225,8 +225,9 @@ def measure(row: Row, make: Maker) -> None:
     model, example = make()
     began = time.perf_counter()
     whole = outputs(model, example)
-    if surgery.unfold_attention(model) and difference(outputs(model, example), whole) > EXACT:
-        row.problems.append("attention in layers of its own computes something else")
+    unfolded = surgery.plain_weights(model) + surgery.unfold_attention(model)
+    if unfolded and difference(outputs(model, example), whole) > EXACT:
+        row.problems.append(f"{unfolded} in layers of their own compute something else")
     groups = find_groups(model, example)
     row.find_s = time.perf_counter() - began
     free = [group for group in groups if not group.fixed and offers(group)]

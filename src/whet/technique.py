@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+from whet.graph import surgery
 from whet.task import Task
 
 
@@ -38,6 +39,8 @@ class Need(Enum):
 class Work:
     """What a technique works on.
 
+    Weights that the model computes from others, as by a weight norm, become ordinary ones.
+
     Args:
         model: the copy that is being compressed; techniques change it in place.
         parent: the user's own network, untouched; the default teacher.
@@ -51,6 +54,10 @@ class Work:
     task: Task
     notes: list[str] = field(default_factory=list)
     tell: Callable[[int, int], None] = lambda done, of: None
+
+    def __post_init__(self) -> None:
+        for path in surgery.plain_weights(self.model):
+            self.notes.append(f"{path}: what its weights were computed from is folded into them.")
 
 
 class Technique(BaseModel):

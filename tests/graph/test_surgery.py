@@ -2,7 +2,9 @@
 
 import copy
 import json
+import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,8 +12,11 @@ from torch import nn
 from whet import packed
 from whet.errors import Damaged, Refused
 from whet.graph import surgery
+from whet.graph.channels import cut, find_groups
 from whet.graph.ledger import Edit, Grid, Ledger, ledger
 from whet.testing import NETWORKS
+
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def output(model, example):
@@ -163,7 +168,7 @@ def edited(model):
     surgery.replace(model, "7", nn.Sequential(nn.Linear(64, 2, bias=False), nn.Linear(2, 32)))
     surgery.replace(model, "8", nn.Identity())
     surgery.set_grids(model, {"9/linear:0": Grid(0.25, 8, 0, 15)})
-    surgery.set_constant(model, "2/max_pool2d:0", "ceil_mode", False, True)
+    surgery.set_constant(model, "2/max_pool2d:0", "1", 2, 1)
     return model
 
 
@@ -248,3 +253,54 @@ def test_the_structure_names_forms_and_shapes():
     packed.install(model[0], "weight", packed.Dense(model[0].weight))
     forms = surgery.structure(model)["forms"]
     assert forms == {"0.weight": {"spec": {"form": "Dense"}, "shape": [4, 3]}}
+
+
+def normed(kind, layer):
+    return getattr(nn.utils.parametrizations, kind)(layer)
+
+
+def hooked(kind, layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls these old
+        return getattr(nn.utils, kind)(layer)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [(normed, "weight_norm"), (normed, "spectral_norm"), (hooked, "weight_norm")],
+)
+def test_weights_that_are_computed_become_ordinary_ones(make, kind):
+    def network():
+        torch.manual_seed(0)
+        first, last = (make(kind, nn.Conv2d(*sizes, 3)) for sizes in ((3, 8), (8, 4)))
+        return nn.Sequential(first, nn.ReLU(), last)
+
+    user = network()
+    output(user, (IMAGE,))  # a spectral norm takes a step; hooks leave what can be copied
+    user.eval()
+    state, want = copy.deepcopy(user.state_dict()), output(user, (IMAGE,))
+    model = copy.deepcopy(user)
+    assert surgery.plain_weights(model) == ["0", "2"]
+    assert surgery.plain_weights(model) == []
+    torch.testing.assert_close(output(model, (IMAGE,)), want)
+    assert sorted(model.state_dict()) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert all(weight.requires_grad for weight in model.parameters())
+    # the network that the copy was made of still computes its weights
+    assert torch.equal(output(user, (IMAGE,)), want)
+    assert all(torch.equal(value, state[name]) for name, value in user.state_dict().items())
+    # cut, then replayed on a fresh instance
+    for group in find_groups(model, (IMAGE,)):
+        if not group.fixed:
+            cut(model, group, np.arange(group.units) % 2 == 0)
+    fresh = network()
+    surgery.replay(fresh, surgery.structure(model))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(IMAGE), model(IMAGE))
+    assert fresh[0].out_channels == 4
+
+
+def test_forms_are_not_weights_that_are_computed():
+    model = nn.Sequential(nn.Linear(4, 4))
+    packed.rewrite(model[0], "weight", packed.Dense)
+    assert surgery.plain_weights(model) == []
+    assert packed.form_of(model[0]) is not None

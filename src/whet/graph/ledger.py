@@ -48,7 +48,8 @@ class Edit:
     """One change of the structure, replayable.
 
     Args:
-        kind: "take" (keep slices of a tensor) or "replace" (put another module there).
+        kind: "take" (keep slices of a tensor), "replace" (put another module there) or "plain"
+            (weights that were computed from others become ordinary ones).
         path: the tensor's or module's full name.
         arguments: what the kind needs, as JSON.
     """

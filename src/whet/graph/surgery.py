@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from whet import packed
 from whet.errors import Damaged, Refused, nearest
@@ -240,6 +241,36 @@ def unfold_attention(model: nn.Module) -> list[str]:
     return found
 
 
+@torch.no_grad()
+def plain_weights(model: nn.Module) -> list[str]:
+    """Make weights that are computed from others, as by a weight norm, ordinary ones.
+
+    Exact in eval mode. Returns:
+        The paths of their modules.
+    """
+    found = [path for path, module in list(model.named_modules()) if _settle(module)]
+    ledger(model).edits += [Edit("plain", path, {}) for path in found]
+    return found
+
+
+def _settle(module: nn.Module) -> bool:
+    lists = getattr(module, "parametrizations", {})
+    own = {str(name) for name in lists if packed.form_of(module, str(name)) is None}
+    if own:
+        was = module.training
+        values = {name: getattr(module.eval(), name).detach().clone() for name in own}
+        # by hand: torch would delete the property from the class, which copies share
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        for name, value in values.items():
+            module.register_parameter(name, nn.Parameter(value))
+        module.train(was)
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm)]
+    for hook in hooks:  # torch.nn.utils.weight_norm, which was there before parametrizations
+        remove_weight_norm(module, hook.name)
+    return bool(own or hooks)
+
+
 def set_constant(model: nn.Module, site: str, argument: str, old: Any, new: Any) -> None:
     """Give the call at `site` another constant where it is `old`; see `sites.corrected`."""
     known = ledger(model).constants.setdefault(site, {})
@@ -267,6 +298,9 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
                 take(
                     model, edit["path"], int(arguments["dim"]), [int(k) for k in arguments["keep"]]
                 )
+            elif edit["kind"] == "plain":
+                _settle(model.get_submodule(edit["path"]))
+                ledger(model).edits.append(Edit("plain", edit["path"], {}))
             elif edit["kind"] == "replace":
                 room -= elements(edit["arguments"])
                 if room < 0:

@@ -99,6 +99,7 @@ class ChannelTechnique(Technique):
 
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
         twin = copy.deepcopy(model)
+        surgery.plain_weights(twin)
         surgery.unfold_attention(twin)
         groups = [g for g in channels.find_groups(twin, example) if not g.fixed]
         return [group.paths[0] for group in groups if self._amount(group)]
