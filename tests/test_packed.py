@@ -317,3 +317,19 @@ def test_half_precision_stays_half():
         form = build(kind, (6, 10)).half()
         assert form.dense().dtype == torch.float16
         identical(rebuilt(form).dense(), form.dense())
+
+
+def test_masks_outlive_the_compiler():
+    layers = [nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)]
+    model = nn.Sequential(*layers)
+    mask = torch.rand(5, 6) < 0.5
+    packed.rewrite(model[0], "weight", lambda w: packed.Sparse(packed.Dense(w), mask))
+    compiled = torch.compile(model, backend="eager")
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(compiled(x), model(x))
+    optimizer = torch.optim.SGD(compiled.parameters(), lr=0.1)
+    for _ in range(3):
+        compiled(x).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight == 0, ~mask)
+    torch.testing.assert_close(compiled(x), model(x))

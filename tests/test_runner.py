@@ -453,6 +453,14 @@ def test_regression_without_training_data_in_batches_of_four():
     assert found.readings["signature"]["batch"] == 4
 
 
+def test_the_report_says_what_zeros_are_worth_in_the_target():
+    task = tiny_task("flatten_cnn")
+    said = "zeros in onnxruntime: no kernel: unstructured and N:M sparsity save bytes, not time."
+    for step, expected in (("Magnitude", True), ("FineTune", False)):
+        found = whet.apply(Recipe.parse(f"steps: [{step}]"), task, size="1B", **QUICK)
+        assert (said in found.readings["notes"]) == expected
+
+
 def test_a_network_and_nothing_else():
     task = Task(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), (torch.randn(2, 4),))
     found = whet.compress(task, size="2x", **QUICK)

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from whet import __version__, artifact, catalog, checkpoint, promises
+from whet import __version__, artifact, catalog, checkpoint, packed, promises
 from whet.errors import BadInput, BrokenPromise, Refused, TargetFailed, nearest
 from whet.graph import trace
 from whet.measure import cost, latency, quality
@@ -503,6 +503,9 @@ class _Run:
         if batches is None:
             self.notes.append("the artefact was compared on Task.example alone: there is no data.")
             batches = [(self.task.example, None)]
+        zeros = any(form.support() is not None for _, _, form in packed.forms(model))
+        if zeros and "zeros" in self.target.facts:
+            self.notes.append(f"zeros in {self.target.name}: {self.target.facts['zeros']}.")
         said = quality.gate(self.target, file, net, model, batches, threads=_cores())
         quality.require_agreement(said, self.target)
         missing = said["int8"]["expected"] - said["int8"]["found"]

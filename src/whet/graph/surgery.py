@@ -249,7 +249,8 @@ def plain_weights(model: nn.Module) -> list[str]:
         The paths of their modules.
     """
     found = [path for path, module in list(model.named_modules()) if _settle(module)]
-    ledger(model).edits += [Edit("plain", path, {}) for path in found]
+    if found:
+        ledger(model).edits += [Edit("plain", path, {}) for path in found]
     return found
 
 
