@@ -24,10 +24,10 @@ def test_absurd_knobs_are_refused(name: str) -> None:
     assert tried > 0 or not catalog.techniques()[name].model_fields
 
 
-def test_every_technique_applies_somewhere() -> None:
-    for name in NAMES:
-        work = [
-            conformance.applied(conformance.sample(name), testing.tiny_task(network))
-            for network in conformance.KINDS
-        ]
-        assert any(w is not None for w in work), f"{name} refuses every kind of network"
+@pytest.mark.parametrize("name", NAMES)
+def test_every_technique_applies_somewhere(name: str) -> None:
+    tried = (
+        conformance.applied(conformance.sample(name), testing.tiny_task(network))
+        for network in conformance.KINDS
+    )
+    assert any(work is not None for work in tried)  # up to the first

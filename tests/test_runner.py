@@ -456,9 +456,8 @@ def test_regression_without_training_data_in_batches_of_four():
 def test_the_report_says_what_zeros_are_worth_in_the_target():
     task = tiny_task("flatten_cnn")
     said = "zeros in onnxruntime: no kernel: unstructured and N:M sparsity save bytes, not time."
-    for step, expected in (("Magnitude", True), ("FineTune", False)):
-        found = whet.apply(Recipe.parse(f"steps: [{step}]"), task, size="1B", **QUICK)
-        assert (said in found.readings["notes"]) == expected
+    found = whet.apply(Recipe.parse("steps: [Magnitude]"), task, size="1B", **QUICK)
+    assert said in found.readings["notes"]
 
 
 def test_a_network_and_nothing_else():
@@ -471,6 +470,7 @@ def test_a_network_and_nothing_else():
         "the artefact was compared on Task.example alone: there is no data."
         in (found.readings["notes"])
     )
+    assert not any("zeros" in note for note in found.readings["notes"])
     assert found.met
     assert found.files["report.html"]
     with pytest.raises(BadInput, match="judge the goal drop 1pp: the task has neither test nor"):
