@@ -89,7 +89,7 @@ class GrowAndPrune(TrainedPruner):
         slopes, wanted = look(model, list(masks.forms), bridges, *said)
         for pair, bridge in wanted.items():
             if set(pair) <= set(masks.forms):
-                wake(*(masks.forms[path] for path in pair), bridge)
+                wake(masks.forms[pair[0]], masks.forms[pair[1]], bridge)
                 for path in pair:
                     masks.forms[path].mask &= masks.alive[path].to(bridge.device)
         # what is awake stays, then the largest slopes wake
