@@ -100,6 +100,11 @@ def test_every_quantized_layer_runs_on_integers(
     assert np.abs(result.outputs[0] - want).max() < 0.15 * np.abs(want).max()
 
 
+def own(codes: np.ndarray) -> np.ndarray:
+    """Without the zero channels that a target adds behind."""
+    return codes[:, : 1 + np.nonzero(codes)[1].max()]
+
+
 @pytest.mark.parametrize("name", NETS)
 def test_weights_are_stored_as_int8(nets: Nets, name: str, tmp_path: Path):
     model, net, float_net = nets[name]
@@ -109,7 +114,7 @@ def test_weights_are_stored_as_int8(nets: Nets, name: str, tmp_path: Path):
     stored = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
     wide = [a for a in stored.values() if a.dtype in (np.float32, np.float64) and a.ndim > 1]
     assert not wide, "a float weight is left"
-    codes = Counter(a.size for a in stored.values() if a.dtype == np.int8 and a.ndim > 1)
+    codes = Counter(own(a).size for a in stored.values() if a.dtype == np.int8 and a.ndim > 1)
     forms = [form.dense().numel() for _, _, form in packed.forms(model)]
     assert codes == Counter(forms)
     assert all(np.abs(a.astype(int)).max() <= 127 for a in stored.values() if a.dtype == np.int8)

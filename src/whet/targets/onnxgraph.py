@@ -60,6 +60,11 @@ class OnnxGraph:
             if self.made.get(name) is node:
                 del self.made[name]
 
+    def drop_unread(self, node: NodeProto) -> None:
+        """Take a node out if nothing needs what it made."""
+        if not any(self.readers(name) or name in self.final for name in node.output):
+            self.drop(node)
+
     def maker(self, name: str, kind: str) -> NodeProto | None:
         """The node that makes the value, if it is of this kind."""
         node = self.made.get(name)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+from onnx import NodeProto, helper
 
 from whet.optional import require
+from whet.targets.onnxgraph import OnnxGraph, facts
 from whet.targets.target import Target
 
 KINDS = {
@@ -82,6 +84,97 @@ class _Session:
         return times
 
 
+def join_slices(graph: OnnxGraph) -> None:
+    """Slices of different axes, one behind the other, become one."""
+    for node in graph.of_kind("Slice"):
+        first = graph.maker(node.input[0], "Slice")
+        if first is None or len(graph.readers(first.output[0])) > 1:
+            continue
+        if len(first.input) != 5 or len(node.input) != 5:
+            continue
+        constants = [*first.input[1:], *node.input[1:]]
+        if first.output[0] in graph.final or not all(n in graph.arrays for n in constants):
+            continue
+        if set(graph.arrays[first.input[3]]) & set(graph.arrays[node.input[3]]):
+            continue
+        names = []
+        for a, b in zip(first.input[1:], node.input[1:], strict=True):
+            names.append(f"{node.output[0]}/{len(names)}")
+            graph.arrays[names[-1]] = np.concatenate([graph.arrays[a], graph.arrays[b]])
+        place = graph.places[id(node)]
+        graph.drop(first)
+        graph.drop(node)
+        graph.add(helper.make_node("Slice", [first.input[0], *names], list(node.output)), place)
+
+
+def pads_on_codes(graph: OnnxGraph) -> None:
+    """Q(Pad(DQ(codes), 0)), on one grid, becomes Pad(codes, zero point).
+
+    The runtime keeps slices and transposes on integers by itself, pads not.
+    """
+    for node in graph.of_kind("Pad"):
+        back = graph.maker(node.input[0], "DequantizeLinear")
+        to = next(iter(graph.readers(node.output[0])), None)
+        if back is None or to is None or to.op_type != "QuantizeLinear":
+            continue
+        read_once = len(graph.readers(node.output[0])) == 1 and node.output[0] not in graph.final
+        if not read_once or not _pads_zeros(graph, node) or not _one_grid(graph, back, to):
+            continue
+        codes, grid = back.input[0], back.input[2]
+        inputs = [codes, node.input[1], grid, *node.input[3:]]
+        place = graph.places[id(node)]
+        graph.drop(node)
+        graph.drop(to)
+        graph.add(helper.make_node("Pad", inputs, list(to.output)), place)
+        graph.drop_unread(back)
+
+
+def _one_grid(graph: OnnxGraph, back: NodeProto, to: NodeProto) -> bool:
+    """Whether both have the same scale and zero point, each one number."""
+    if len(back.input) != 3 or len(to.input) != 3:
+        return False
+    pairs = [[graph.arrays.get(n.input[k]) for n in (back, to)] for k in (1, 2)]
+    return all(
+        a is not None and b is not None and a.size == 1 and np.array_equal(a, b) for a, b in pairs
+    )
+
+
+def _pads_zeros(graph: OnnxGraph, node: NodeProto) -> bool:
+    name = node.input[2] if len(node.input) > 2 else ""
+    value = graph.arrays.get(name, np.ones(1)) if name else np.zeros(1)
+    return facts(node).get("mode", b"constant") == b"constant" and not value.any()
+
+
+def channels_by_fours(graph: OnnxGraph) -> None:
+    """A quantized convolution of 3 channels gets a fourth of zeros.
+
+    The runtime's integer kernel takes channels by fours; others go through copies of every window.
+    """
+    for node in graph.of_kind("Conv"):
+        back, weight = (graph.maker(name, "DequantizeLinear") for name in node.input[:2])
+        if back is None or weight is None or len(back.input) != 3:
+            continue
+        codes = graph.arrays.get(weight.input[0])
+        shared = len(graph.readers(weight.input[0])) > 1
+        if codes is None or shared or facts(node).get("group", 1) != 1:
+            continue
+        missing, outer = -codes.shape[1] % 4, codes.shape[0]
+        point = graph.arrays.get(back.input[2])
+        if not missing or outer % 16 or point is None or point.size != 1:
+            continue
+        wide = [(0, missing) if axis == 1 else (0, 0) for axis in range(codes.ndim)]
+        graph.arrays[weight.input[0]] = np.pad(codes, wide)
+        ends = [0] * codes.ndim + [after for _, after in wide]
+        name, place = node.output[0], graph.places[id(node)]
+        graph.arrays[f"{name}/ends"] = np.array(ends)
+        padded, data = f"{name}/padded", f"{name}/data"
+        inputs = [back.input[0], f"{name}/ends", back.input[2]]
+        graph.add(helper.make_node("Pad", inputs, [padded]), place)
+        graph.add(helper.make_node("DequantizeLinear", [padded, *back.input[1:]], [data]), place)
+        graph.reads_instead(node, 0, data)
+        graph.drop_unread(back)
+
+
 class OnnxRuntime(Target):
     """Microsoft's ONNX Runtime, CPU execution provider."""
 
@@ -96,6 +189,7 @@ class OnnxRuntime(Target):
         "channels": "multiples of 8 or 16; fewer channels below that are not faster",
         "depth": "time falls with the number of layers",
     }
+    rules = (join_slices, pads_on_codes, channels_by_fours)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads)

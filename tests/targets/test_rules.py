@@ -1,0 +1,164 @@
+"""The rewrites for one runtime change no output."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import nn
+
+from whet import catalog
+from whet.demo import Shortcut
+from whet.optional import installed
+from whet.targets.onnxfile import Deployable
+from whet.targets.onnxgraph import OnnxGraph
+from whet.targets.onnxruntime import OnnxRuntime, channels_by_fours, join_slices, pads_on_codes
+from whet.technique import Work
+from whet.testing import tiny_task
+
+pytestmark = pytest.mark.skipif(not installed("onnxruntime"), reason="onnxruntime is not installed")
+
+
+class Plain(OnnxRuntime):
+    """The runtime without rules of its own."""
+
+    rules = ()
+
+
+class Halved(nn.Module):
+    """A 3-channel convolution, then a block with the parameter-free shortcut of the CIFAR nets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3, 1, 1)
+        self.down = nn.Conv2d(16, 32, 3, 2, 1)
+        self.shortcut = Shortcut(8)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)  # no ReLU: codes on both sides of zero
+        x = torch.relu(self.down(x) + self.shortcut(x))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.Tensor]:
+    """The int8 network written without the rules and with them, and an input."""
+    torch.manual_seed(0)
+    task = tiny_task(Halved().eval())
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    catalog.technique("StaticInt8", {"examples": 32}).apply(work)
+    folder = tmp_path_factory.mktemp("rules")
+    written = [
+        Deployable(work.model.eval(), task.example, target).write(folder / f"{k}.onnx")
+        for k, target in enumerate((Plain(), OnnxRuntime()))
+    ]
+    return written[0], written[1], task.example[0]
+
+
+def nodes(path: Path, kind: str) -> list[onnx.NodeProto]:
+    return [node for node in onnx.load(path).graph.node if node.op_type == kind]
+
+
+def test_the_rules_change_no_bit(files: tuple[Path, Path, torch.Tensor]):
+    plain, ruled, x = files
+    plain, ruled, x = files
+    found = [
+        OnnxRuntime()
+        .job("run", [x.numpy()], file=path, batch=len(x), threads=1, precision="f32")
+        .outputs[0]
+        for path in (plain, ruled)
+    ]
+    assert np.array_equal(found[0], found[1])
+    assert found[0].std() > 0
+
+
+def test_shortcuts_stay_on_codes(files: tuple[Path, Path, torch.Tensor]):
+    plain, ruled, _ = files
+    assert (len(nodes(plain, "Slice")), len(nodes(ruled, "Slice"))) == (2, 1)
+    graph = OnnxGraph(onnx.load(ruled))
+    for pad in nodes(ruled, "Pad"):
+        assert graph.maker(pad.input[0], "QuantizeLinear") is not None
+        (after,) = graph.readers(pad.output[0])
+        assert after.op_type == "DequantizeLinear"
+        assert graph.arrays[pad.input[2]].dtype == np.uint8
+    shortcut = next(p for p in nodes(ruled, "Pad") if graph.arrays[p.input[1]].sum() == 16)
+    assert graph.arrays[shortcut.input[2]] > 0  # zero is a code in the middle here
+
+
+def test_first_convolution_reads_four_channels(files: tuple[Path, Path, torch.Tensor]):
+    for path, channels in zip(files[:2], (3, 4), strict=True):
+        graph = OnnxGraph(onnx.load(path))
+        first = next(node for node in nodes(path, "Conv") if node.name == "first")
+        weight = graph.maker(first.input[1], "DequantizeLinear")
+        assert weight is not None
+        assert graph.arrays[weight.input[0]].shape == (16, channels, 3, 3)
+
+
+def graph_of(nodes: list[onnx.NodeProto], **arrays: object) -> OnnxGraph:
+    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in "xy"]
+    held = [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()]
+    return OnnxGraph(
+        onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", info[:1], info[1:], held))
+    )
+
+
+@pytest.mark.parametrize("other", ["scale", "point", "value", "mode"])
+def test_pads_between_different_grids_stay(other: str):
+    make = onnx.helper.make_node
+    pad = make("Pad", ["a", "ends", "value"], ["b"], mode="edge" if other == "mode" else "constant")
+    graph = graph_of(
+        [
+            make("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            make("DequantizeLinear", ["q", "s", "z"], ["a"]),
+            pad,
+            make("QuantizeLinear", ["b", "t", "u"], ["c"]),
+            make("DequantizeLinear", ["c", "t", "u"], ["y"]),
+        ],
+        s=np.float32(0.5),
+        z=np.uint8(3),
+        t=np.float32(0.25 if other == "scale" else 0.5),
+        u=np.uint8(4 if other == "point" else 3),
+        ends=np.array([0, 1]),
+        value=np.float32(other == "value"),
+    )
+    before = list(graph.nodes.values())
+    pads_on_codes(graph)
+    assert list(graph.nodes.values()) == before
+
+
+def test_slices_of_the_same_axis_stay():
+    make = onnx.helper.make_node
+    graph = graph_of(
+        [
+            make("Slice", ["x", "start", "end", "axis", "step"], ["a"]),
+            make("Slice", ["a", "start", "end", "axis", "step"], ["y"]),
+        ],
+        start=np.array([1]),
+        end=np.array([9]),
+        axis=np.array([2]),
+        step=np.array([1]),
+    )
+    before = list(graph.nodes.values())
+    join_slices(graph)
+    assert list(graph.nodes.values()) == before
+
+
+def test_grouped_and_narrow_convolutions_keep_their_channels():
+    for outer, group in ((16, 3), (8, 1)):
+        make = onnx.helper.make_node
+        graph = graph_of(
+            [
+                make("QuantizeLinear", ["x", "s", "z"], ["q"]),
+                make("DequantizeLinear", ["q", "s", "z"], ["a"]),
+                make("DequantizeLinear", ["codes", "s"], ["w"]),
+                make("Conv", ["a", "w"], ["y"], group=group),
+            ],
+            s=np.float32(0.5),
+            z=np.uint8(3),
+            codes=np.ones((outer, 3, 3, 3), np.int8),
+        )
+        channels_by_fours(graph)
+        assert graph.arrays["codes"].shape[1] == 3
