@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from whet import numerics, packed
-from whet.errors import BadInput, Damaged
+from whet.errors import BadInput, Damaged, Refused
 from whet.fit import Schedule, fit
-from whet.packed import Affine, Dense, Sparse
+from whet.packed import Affine, Dense, Grouped, Lookup, Sparse
 
 BITS = (2, 4, 7, 8)
 SHAPES = {"linear": (6, 10), "conv": (6, 4, 3, 3)}
@@ -45,8 +45,45 @@ def affine(inner, bits, symmetric=True, axis=0):
     return Affine(inner, scale, zero.float(), bits_wide=bits, symmetric=symmetric, axis=axis)
 
 
+def grouped(inner, bits, symmetric=True, group=4):
+    weight = inner.dense().detach().flatten(1)
+    count = -(-weight.shape[1] // group)
+    filled = nn.functional.pad(weight, (0, count * group - weight.shape[1]))
+    each = filled.reshape(len(weight), count, group)
+    if symmetric:
+        scale = numerics.symmetric_scale(each.abs().amax(2), bits)
+        zero = torch.zeros_like(scale)
+    else:
+        ends = [
+            numerics.affine_scale(float(g.min()), float(g.max()), bits) for g in each.flatten(0, 1)
+        ]
+        scale, zero = (torch.tensor(c).reshape(len(weight), count) for c in zip(*ends, strict=True))
+    return Grouped(inner, scale, zero.float(), bits_wide=bits, symmetric=symmetric, group=group)
+
+
+def lookup(inner, bits, width=1, rows=1):
+    weight = inner.dense().detach()
+    table = torch.randn(len(weight) if rows > 1 else 1, 2**bits - 1, width)
+    codes = torch.randint(2**bits - 1, (len(weight), weight[0].numel() // width))
+    return Lookup(inner, codes, table)
+
+
 def build(kind, shape, bits=8, symmetric=True, axis=0):
     weight = torch.randn(shape)
+    if kind == "Grouped(Dense)":
+        return grouped(Dense(weight), bits, symmetric)
+    if kind == "Sparse(Grouped(Dense))":
+        return Sparse(grouped(Dense(weight), bits, symmetric), mask_for(shape))
+    if kind == "Lookup(Dense)":
+        return lookup(Dense(weight), bits, rows=1 if axis is None else 2)
+    if kind == "Sparse(Lookup(Dense))":
+        return Sparse(lookup(Dense(weight), bits), mask_for(shape))
+    if kind == "Lookup(Sparse(Dense))":
+        return lookup(Sparse(Dense(weight), mask_for(shape)), bits, rows=1 if axis is None else 2)
+    if kind == "Lookup(Dense) of vectors":
+        return lookup(Dense(weight), bits, width=2)
+    if kind == "Lookup(Sparse(Dense)) of vectors":
+        return lookup(Sparse(Dense(weight), mask_for(shape)), bits, width=2)
     if kind == "Dense":
         return Dense(weight)
     if kind == "Sparse(Dense)":
@@ -67,6 +104,13 @@ KINDS = (
     "Sparse(Affine(Dense))",
     "Affine(Sparse(Dense))",
     "Sparse(Sparse(Dense))",
+    "Grouped(Dense)",
+    "Sparse(Grouped(Dense))",
+    "Lookup(Dense)",
+    "Sparse(Lookup(Dense))",
+    "Lookup(Sparse(Dense))",
+    "Lookup(Dense) of vectors",
+    "Lookup(Sparse(Dense)) of vectors",
 )
 
 
@@ -121,6 +165,12 @@ def test_bits_of_each_form():
 def test_taking_slices_of_a_form_takes_those_of_its_weight(kind, dim, axis):
     form = build(kind, SHAPES["conv"], 4, axis=axis)
     index = torch.tensor([2, 0, 3])
+    if dim == 1 and ("Grouped" in kind or "vectors" in kind):
+        before = form.dense().clone()
+        with pytest.raises(Refused, match="Put the step that cuts channels first"):
+            form.take(dim, index)
+        identical(form.dense(), before)
+        return
     expected = form.dense().index_select(dim, index)
     form.take(dim, index)
     identical(form.dense(), expected)
@@ -300,7 +350,7 @@ def test_damaged_parts_are_told():
         packed.restore(spec, whole, shape)
     for wrong in ({"form": "Afine"}, spec | {"form": "Afine"}, {}):
         with pytest.raises(
-            Damaged, match=r"the form .* is none of Dense, Affine, Sparse. The file"
+            Damaged, match=r"the form .* is none of Dense, Affine, Grouped, Lookup, Sparse. The"
         ):
             packed.restore(wrong, parts, shape)
 
@@ -333,3 +383,43 @@ def test_masks_outlive_the_compiler():
         optimizer.step()
     assert torch.equal(model[0].weight == 0, ~mask)
     torch.testing.assert_close(compiled(x), model(x))
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_table_learns_from_all_its_members_and_the_latent_straight_through(rows):
+    form = lookup(Dense(torch.randn(4, 6)), 2, rows=rows)
+    form.table.requires_grad_(True)
+    weights = torch.randn(4, 6)
+    (form.dense() * weights).sum().backward()
+    identical(form.inner.value.grad, weights)
+    for row in range(rows):
+        for code in range(3):
+            members = form.codes == code
+            if rows > 1:
+                members = members & (torch.arange(4) == row)[:, None]
+            torch.testing.assert_close(form.table.grad[row, code, 0], weights[members].sum())
+
+
+def test_bits_of_tables_and_groups():
+    assert build("Grouped(Dense)", (6, 10), 4).bits() == 60 * 4 + 6 * 3 * 32
+    assert lookup(Dense(torch.randn(6, 10)), 3).bits() == 60 * 3 + 7 * 32
+    assert lookup(Dense(torch.randn(6, 10)), 3, width=2).bits() == 30 * 3 + 14 * 32
+
+
+def test_a_code_outside_of_its_table_is_damage():
+    form = lookup(Dense(torch.randn(6, 10)), 3)
+    parts = {name: tensor for name, (tensor, _) in packed.store(form).items()}
+    for wrong, text in (
+        ({"codes": parts["codes"] + 7}, "a code is outside of its table of 7"),
+        ({"table": parts["table"][0]}, "a table of the shape"),
+        ({"table": torch.zeros(2, 7, 1)}, "a table of the shape"),
+        ({"table": torch.zeros(1, 7, 4)}, "a table of the shape"),
+    ):
+        with pytest.raises(Damaged, match=text):
+            packed.restore(form.spec(), parts | wrong, [6, 10])
+    form = build("Grouped(Dense)", (6, 10), 4)
+    parts = {name: tensor for name, (tensor, _) in packed.store(form).items()}
+    with pytest.raises(Damaged, match="groups of 0 inputs"):
+        packed.restore(form.spec() | {"group": 0}, parts, [6, 10])
+    with pytest.raises(Damaged, match="the scales of a grid have another shape"):
+        packed.restore(form.spec() | {"group": 5}, parts, [6, 10])

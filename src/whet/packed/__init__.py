@@ -1,0 +1,33 @@
+"""Compressed weights: the forms, how they stand on a module, and how they are stored."""
+
+from whet.packed.forms import Affine, Dense, Grouped, Lookup, Packed, Sparse, looked_up
+from whet.packed.installed import (
+    bake,
+    form_of,
+    forms,
+    install,
+    kinds,
+    rewrite,
+    support_of,
+)
+from whet.packed.stored import from_state, restore, store
+
+__all__ = [
+    "Affine",
+    "Dense",
+    "Grouped",
+    "Lookup",
+    "Packed",
+    "Sparse",
+    "bake",
+    "form_of",
+    "forms",
+    "from_state",
+    "install",
+    "kinds",
+    "looked_up",
+    "restore",
+    "rewrite",
+    "store",
+    "support_of",
+]

@@ -1,0 +1,95 @@
+"""Forms on weights: put on, looked at, rewritten and taken off.
+
+A form is installed through torch's own parametrization, so that training, `deepcopy`,
+`state_dict` and `torch.export` see an ordinary weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from whet.errors import BadInput
+from whet.packed.forms import Dense, Packed
+
+
+def form_of(module: nn.Module, name: str = "weight") -> Packed | None:
+    """The form installed on `module.name`, or None for an ordinary weight."""
+    if not parametrize.is_parametrized(module, name):
+        return None
+    first = module.parametrizations[name][0]  # type: ignore[index]
+    return first if isinstance(first, Packed) else None
+
+
+def support_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """A boolean mask of the values of `module.name` that may differ from zero."""
+    form = form_of(module, name)
+    support = None if form is None else form.support()
+    return torch.ones_like(getattr(module, name), dtype=torch.bool) if support is None else support
+
+
+def install(module: nn.Module, name: str, form: Packed) -> None:
+    """Make `form` the weight `module.name`, in place of the weight or form that is there."""
+    if any(form_of(module, str(n)) is None for n in getattr(module, "parametrizations", {})):
+        raise BadInput(
+            f"pack the weight {name!r} of {type(module).__name__}",
+            "the module has a parametrization of its own",
+            "Call torch.nn.utils.parametrize.remove_parametrizations on it first.",
+        )
+    if parametrize.is_parametrized(module, name):
+        module.parametrizations[name][0] = form  # type: ignore[index]
+        return
+    weight = getattr(module, name)
+    delattr(module, name)
+    module.register_buffer(name, weight.detach())
+    parametrize.register_parametrization(module, name, form, unsafe=True)
+
+
+def rewrite(module: nn.Module, name: str, pack: Callable[[Tensor], Packed]) -> None:
+    """Replace the dense leaf of `module.name` by `pack(its value)`; the tree above it stays."""
+    form = form_of(module, name)
+    if form is None or isinstance(form, Dense):
+        install(module, name, pack(getattr(module, name).detach()))
+        return
+    above: Any = form
+    while not isinstance(above.inner, Dense):
+        above = above.inner
+    above.inner = pack(above.inner.value.detach())
+
+
+def forms(model: nn.Module) -> Iterator[tuple[str, str, Packed]]:
+    """Every installed form as (module path, parameter name, form)."""
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            for name in module.parametrizations:  # type: ignore[union-attr]
+                form = form_of(module, str(name))
+                if form is not None:
+                    yield path, str(name), form
+
+
+def bake(model: nn.Module) -> dict[str, Packed]:
+    """Turn every form of `model` back into an ordinary weight, in place.
+
+    Returns:
+        The forms that were there, by the weight's full name.
+    """
+    found = list(forms(model))
+    for path, name, form in found:
+        module = model.get_submodule(path)
+        with torch.no_grad():
+            value = form.dense().detach().clone()
+        if parametrize.is_parametrized(module):
+            # copies share the class that torch made for the original, so the class is left alone
+            module.__class__ = parametrize.type_before_parametrizations(module)
+            del module._modules["parametrizations"]
+        module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    return {f"{path}.{name}" if path else name: form for path, name, form in found}
+
+
+def kinds(form: Packed) -> frozenset[type[Packed]]:
+    """The types in the tree of `form`."""
+    return frozenset(type(m) for m in form.modules() if isinstance(m, Packed))
