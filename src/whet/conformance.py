@@ -199,5 +199,5 @@ def _absurd(facts: dict[str, Any]) -> Iterator[Any]:
                 yield each[key] + step
         if "exclusiveMaximum" in each:
             yield each["exclusiveMaximum"]
-        if "enum" in each or each.get("type") in ("number", "integer"):
+        if "enum" in each or each.get("type") in ("number", "integer", "boolean"):
             yield "no such thing"

@@ -85,3 +85,85 @@ def relative(got: Tensor, want: Tensor) -> float:
         return float("inf")
     scale = want.double().square().mean().sqrt().clamp_min(1e-12)
     return float((got.double() - want.double()).square().mean().sqrt() / scale)
+
+
+def in_groups(rows: Tensor, group: int) -> Tensor:
+    """[out, d] as [out, ceil(d / group), group], zeros behind where the last group is short."""
+    short = -rows.shape[1] % group
+    return torch.nn.functional.pad(rows, (0, short)).unflatten(1, (-1, group))
+
+
+def uniform_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+    """S and Z of the grids over [low, high], widened to contain 0, for tensors of ranges.
+
+    As `symmetric_scale` and `affine_scale`, of which it is the elementwise form.
+    """
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if symmetric:
+        scale = symmetric_scale(torch.maximum(-low, high), bits)
+        return scale, torch.zeros_like(scale)
+    top = 2**bits - 1
+    scale = (high - low) / top
+    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+    return scale, torch.round(-low / scale).clamp(0, top)
+
+
+def on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
+    """x_hat, the value on the grid that is nearest to x."""
+    codes = quantize(x, scale, zero, *integer_range(bits, symmetric))
+    return dequantize(codes, scale, zero)
+
+
+def fitted_grid(
+    values: Tensor, bits: int, symmetric: bool, ranges: str = "minmax", steps: int = 40
+) -> tuple[Tensor, Tensor]:
+    """S and Z of one grid for each of the last dimension's vectors.
+
+    Args:
+        values: [..., n].
+        bits: width of the grid.
+        symmetric: codes on both sides of zero, or 0 .. 2^b-1.
+        ranges: "minmax", or "mse" for the range, shrunk at both ends alike to no less than its
+            fifth, with the least squared error; it is never worse than "minmax".
+        steps: how many ranges "mse" tries.
+
+    Returns:
+        [...] each.
+    """
+    low, high = values.amin(dim=-1), values.amax(dim=-1)
+    scale, zero = uniform_grid(low, high, bits, symmetric)
+    if ranges == "minmax":
+        return scale, zero
+    least = torch.full_like(scale, math.inf)
+    for step in range(steps, -1, -1):
+        share = 0.2 + 0.8 * step / steps
+        s, z = uniform_grid(low * share, high * share, bits, symmetric)
+        error = (on_grid(values, s[..., None], z[..., None], bits, symmetric) - values).square()
+        error = error.sum(dim=-1)
+        better = error < least
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+        least = torch.where(better, error, least)
+    return scale, zero
+
+
+def inverse_factor(H: Tensor, damp: float) -> Tensor:
+    """U, upper triangular with U^T U = (H + damp mean(diag H) I)^-1.
+
+    Where rounding leaves H too far from positive definite for that, damp is raised tenfold until
+    it is.
+    """
+    least = torch.finfo(H.dtype).tiny ** 0.5  # inputs that are always zero
+    ridge = (damp * H.diagonal().mean()).clamp(min=least)
+    eye = torch.eye(len(H), dtype=H.dtype)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(H + ridge * eye)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper
+        ridge = ridge * 10
+
+
+def output_error(D: Tensor, H: Tensor) -> Tensor:
+    """E |D x|^2 of each output: the diagonal of D H D^T, [out]."""
+    return ((D @ H) * D).sum(dim=1)

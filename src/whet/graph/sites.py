@@ -313,6 +313,12 @@ def observed(model: nn.Module, args: tuple[Any, ...], observe: Observer) -> Any:
         return model(*args)
 
 
+def inside(model: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> Any:
+    """Call one `module` of the model alone, with the model's ledger acting in it."""
+    with _on(SiteMode(model, ledger(model))):
+        return module(*args)
+
+
 @dataclass(frozen=True)
 class Call:
     """One call of the forward pass.

@@ -170,11 +170,32 @@ def input_means(
     def sums(path: str, op: str, x: Tensor) -> tuple[Tensor, int] | None:
         if op not in operations:
             return None
-        rows = x.movedim(x.ndim - 1 if op == "linear" else 1, 0).flatten(1)
+        rows = by_channel(x, op)
         return rows.double().sum(dim=1), rows.shape[1]
 
     found = averages(model, batches, sums, examples)
     return {path: mean.float() for path, mean in found.items()}
+
+
+def input_peaks(
+    model: nn.Module, batches: Batches, operations: Collection[str], examples: int | None = None
+) -> dict[str, Tensor]:
+    """max|x| of each input channel of the convolutions and linear layers, by module path."""
+    found: dict[str, Tensor] = {}
+
+    def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
+        path = site.rpartition("/")[0]
+        if op in operations and args and isinstance(args[0], Tensor):
+            peak = by_channel(args[0].detach(), op).abs().amax(dim=1)
+            found[path] = torch.maximum(peak, found[path]) if path in found else peak
+
+    sweep(model, batches, show, examples)
+    return found
+
+
+def by_channel(x: Tensor, op: str) -> Tensor:
+    """What an operation reads as [channels, values]: dimension 1, or the last one of "linear"."""
+    return x.movedim(x.ndim - 1 if op == "linear" else 1, 0).flatten(1)
 
 
 def second_moments(

@@ -1,6 +1,6 @@
 """Compressed weights: the forms, how they stand on a module, and how they are stored."""
 
-from whet.packed.forms import Affine, Dense, Grouped, Lookup, Packed, Sparse, looked_up
+from whet.packed.forms import QUANTIZED, Affine, Dense, Grouped, Lookup, Packed, Sparse, looked_up
 from whet.packed.installed import (
     bake,
     form_of,
@@ -13,6 +13,7 @@ from whet.packed.installed import (
 from whet.packed.stored import from_state, restore, store
 
 __all__ = [
+    "QUANTIZED",
     "Affine",
     "Dense",
     "Grouped",

@@ -173,25 +173,26 @@ class Affine(Packed):
         self.bits_wide, self.symmetric, self.axis = bits_wide, symmetric, axis
 
     @classmethod
-    def _spread(cls, table: Tensor, shape: list[int], spec: Mapping[str, Any]) -> Tensor:
+    def _over(cls, table: Tensor, shape: list[int], spec: Mapping[str, Any]) -> Tensor:
         """Shape scales or zero points to broadcast over the weight."""
         return numerics.along(table, len(shape), spec["axis"])
 
-    def _grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """S and Z, shaped to broadcast over x, a tensor of the weight's shape."""
         shape, spec = list(x.shape), self.spec()
-        return self._spread(self.scale, shape, spec), self._spread(self.zero_point, shape, spec)
+        return self._over(self.scale, shape, spec), self._over(self.zero_point, shape, spec)
 
     def codes(self) -> Tensor:
         """q, as floating-point integers of the weight's shape."""
         x = self.inner.dense().detach()
-        scale, zero = self._grid(x)
+        scale, zero = self.grid(x)
         return numerics.quantize(
             x, scale.detach(), zero, *numerics.integer_range(self.bits_wide, self.symmetric)
         )
 
     def dense(self) -> Tensor:
         x = self.inner.dense()
-        scale, zero = self._grid(x)
+        scale, zero = self.grid(x)
         low, high = numerics.integer_range(self.bits_wide, self.symmetric)
         u = x / scale
         # round(u) with the gradient of u; the sum is exact, because round(u) - u is
@@ -242,8 +243,8 @@ class Affine(Packed):
         cls, spec: Mapping[str, Any], parts: Parts, shape: list[int], mask: Tensor | None
     ) -> Tensor:
         low, _ = numerics.integer_range(int(spec["bits"]), bool(spec["symmetric"]))
-        scale = cls._spread(parts["scale"], shape, spec)
-        zero = cls._spread(_zero_point(parts), shape, spec)
+        scale = cls._over(parts["scale"], shape, spec)
+        zero = cls._over(_zero_point(parts), shape, spec)
         codes = parts["codes"].to(parts["scale"].dtype) + low
         values = numerics.dequantize(spread(codes, shape, mask), scale, zero)
         return values if mask is None else torch.where(mask, values, torch.zeros(()))
@@ -298,7 +299,7 @@ class Grouped(Affine):
         self.group = group
 
     @classmethod
-    def _spread(cls, table: Tensor, shape: list[int], spec: Mapping[str, Any]) -> Tensor:
+    def _over(cls, table: Tensor, shape: list[int], spec: Mapping[str, Any]) -> Tensor:
         inputs = _inputs(shape)
         return table.repeat_interleave(spec["group"], dim=1)[:, :inputs].reshape(shape)
 
@@ -347,8 +348,9 @@ def _inputs(shape: list[int]) -> int:
 class Lookup(Packed):
     """Values from a table: w_hat = table[code], for single weights or for vectors of `width`.
 
-    Gradients go to the table, each entry the sum of its members', and straight through to the
-    latent values underneath. Codes stay as they are until a technique assigns them anew.
+    The table trains, each entry with the sum of its members' gradients. The latent values
+    underneath do not, unless a technique lets them and assigns the codes anew: then the gradient
+    goes straight through to them.
 
     Args:
         inner: the latent weight, [out, ...].
@@ -360,9 +362,9 @@ class Lookup(Packed):
 
     def __init__(self, inner: Packed, codes: Tensor, table: Tensor) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner = inner.requires_grad_(False)
         self.register_buffer("codes", codes.detach().to(torch.int32).clone())
-        self.table = nn.Parameter(table.detach().clone(), requires_grad=False)
+        self.table = nn.Parameter(table.detach().clone())
 
     @property
     def width(self) -> int:
@@ -445,6 +447,9 @@ def looked_up(codes: Tensor, table: Tensor) -> Tensor:
         return table[0][codes.long()]
     index = codes.long()[:, :, None].expand(-1, -1, table.shape[2])
     return table.gather(1, index)
+
+
+QUANTIZED = frozenset({Affine, Grouped, Lookup})  # forms that replace every value by a code
 
 
 class Sparse(Packed):

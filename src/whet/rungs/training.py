@@ -109,20 +109,35 @@ class Masks:
             self.forms[path].mask.copy_(mask)
 
 
-class TrainedPruner(LayerTechnique, TrainTechnique):
-    """A rung: masks chosen while the network trains on its labels and its parent's answers.
+class TaughtTechnique(TrainTechnique):
+    """A rung: it trains on its labels and its parent's answers.
 
     L = loss(z, y) + 2 |z - t|^2 / (|z|^2 + |t|^2), t the parent's outputs; the second part with
     `teacher` alone. It is bounded and has no unit, so it suits any outputs.
     """
 
+    teacher: Annotated[bool, Field(description="learn from the parent's outputs as well")] = True
+
+    def objective(self, work: Work) -> Callable[[Any, Any, Any], Tensor]:
+        task = work.task
+        if not self.teacher:
+            return lambda inputs, labels, outputs: task.penalty(outputs, labels)
+        parent = answers(work)
+        return lambda inputs, labels, outputs: (
+            task.penalty(outputs, labels) + disagreement(outputs, parent(inputs))
+        )
+
+
+class TrainedPruner(LayerTechnique, TaughtTechnique):
+    """A rung: masks chosen while the network trains."""
+
     makes: ClassVar[frozenset[type]] = frozenset({packed.Sparse})
+    spoils: ClassVar[frozenset[type]] = frozenset({packed.Lookup})  # the weights do not train
 
     amount: Annotated[float, Field(ge=0, lt=1, description="share of the weights to zero")] = 0.8
     scope: Annotated[
         Literal["layer", "global"], Field(description="rank within each layer or over all")
     ] = "global"
-    teacher: Annotated[bool, Field(description="learn from the parent's outputs as well")] = True
 
     @abstractmethod
     def prune(self, work: Work, objective: Callable[[Any, Any, Any], Tensor]) -> None:
@@ -138,15 +153,6 @@ class TrainedPruner(LayerTechnique, TrainTechnique):
                 "Raise amount, or drop the step.",
             )
         self.prune(work, self.objective(work))
-
-    def objective(self, work: Work) -> Callable[[Any, Any, Any], Tensor]:
-        task = work.task
-        if not self.teacher:
-            return lambda inputs, labels, outputs: task.penalty(outputs, labels)
-        parent = answers(work)
-        return lambda inputs, labels, outputs: (
-            task.penalty(outputs, labels) + disagreement(outputs, parent(inputs))
-        )
 
 
 def disagreement(outputs: Any, answers: Any) -> Tensor:

@@ -31,7 +31,7 @@ from whet.technique import Work
 class FromScratch(TrainTechnique):
     """Draw all weights anew, masks stay, then train on the labels."""
 
-    spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, Grid})
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
 
     def objective(self, work: Work) -> Callable[[Any, Any, Any], Tensor]:
         task = work.task

@@ -29,7 +29,7 @@ from whet.technique import Work
 class Svd(LayerTechnique):
     """Factor every linear layer and 1x1 convolution where that saves at least `saving`."""
 
-    spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, packed.Sparse, Grid})
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
     tiny: ClassVar[dict[str, Any]] = {"energy": 0.5}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"energy": (0.99, 0.95, 0.9, 0.8)}
 

@@ -24,7 +24,7 @@ from whet.technique import Technique, Work
 class FoldBatchNorm(Technique):
     """Fold every BatchNorm that directly follows a convolution or linear layer."""
 
-    spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, Grid})
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
 
     def apply(self, work: Work) -> None:
         folded, left = folding.fold_all(work.model, work.task.example)

@@ -43,7 +43,7 @@ class DropBlocks(Technique):
     """Remove `amount` of the residual blocks, in `rounds` rounds, the least missed first."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VALIDATION})
-    spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, Grid})
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
 
     amount: Annotated[float, Field(ge=0, le=1, description="share of all residual blocks")] = 0.33
     rounds: Annotated[int, Field(ge=1, description="look again after each share of them")] = 3

@@ -18,17 +18,21 @@ Needs: calibration data. Costs: one pass over `examples` of it, and for each lay
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from whet import packed
+from whet.numerics import inverse_factor, output_error
 from whet.rungs.layers import CalibratedPruner, keep_largest, n_of_m
 
 
 class SparseGpt(CalibratedPruner):
     """Zero the share `amount` of each layer's weights, or all but N of M, and mend the others."""
+
+    spoils: ClassVar[frozenset[type]] = frozenset({packed.Lookup})  # mending would do nothing
 
     damp: Annotated[float, Field(gt=0, le=1, description="of the mean of H's diagonal")] = 0.01
     block: Annotated[int, Field(ge=1, description="columns for which a mask is chosen")] = 128
@@ -50,14 +54,6 @@ class SparseGpt(CalibratedPruner):
         rows, columns = score.shape
         done, goal = (round(self.amount * rows * c) for c in (end - columns, end))
         return keep_largest(score, (goal - done) / score.numel())
-
-
-def inverse_factor(H: Tensor, damp: float) -> Tensor:
-    """U, upper triangular with U^T U = (H + damp mean(diag H) I)^-1."""
-    least = torch.finfo(H.dtype).tiny ** 0.5  # inputs that are always zero
-    ridge = (damp * H.diagonal().mean()).clamp(min=least)
-    lower = torch.linalg.cholesky(H + ridge * torch.eye(len(H), dtype=H.dtype))
-    return torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
 def sweep(
@@ -92,8 +88,3 @@ def sweep(
         W[:, start:end] *= kept[:, start:end]
         W[:, end:] -= losses @ U[start:end, end:]
     return W, kept
-
-
-def output_error(D: Tensor, H: Tensor) -> Tensor:
-    """E |D x|^2 of each output: the diagonal of D H D^T, [out]."""
-    return ((D @ H) * D).sum(dim=1)

@@ -97,7 +97,7 @@ class SparseStructureSelection(Technique, Schedule):
     """Train a factor on each residual block or channel; what reaches zero is deleted."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.TRAIN})
-    spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, surgery.Grid})
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {surgery.Grid}
     tiny: ClassVar[dict[str, Any]] = {"strength": 1.0, "epochs": 4, "lr": 0.1}
 
     structure: Annotated[

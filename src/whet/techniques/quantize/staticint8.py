@@ -58,7 +58,7 @@ class StaticInt8(Technique):
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.STATISTICS})
     makes: ClassVar[frozenset[type]] = frozenset({packed.Affine, Grid})
-    spoils: ClassVar[frozenset[type]] = frozenset({packed.Affine, Grid})
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
 
     ranges: Annotated[
         Literal["minmax", "percentile", "mse"], Field(description="how activation ranges are set")
