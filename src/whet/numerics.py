@@ -54,13 +54,13 @@ def dequantize(q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return (q - zero_point) * scale
 
 
-def best_symmetric_bound(rows: Tensor, bits: int, steps: int = 40) -> Tensor:
+def best_symmetric_bound(rows: Tensor, bits: int, steps: int = 64) -> Tensor:
     """The clipping bound of each row that gives the least squared error on a symmetric grid.
 
     Args:
         rows: [channels, values].
         bits: width of the grid.
-        steps: how many bounds between 0.5 max|x| and max|x| are tried.
+        steps: how many bounds between 0.2 max|x| and max|x| are tried.
 
     Returns:
         [channels], never worse in squared error than max|x| itself.
@@ -70,7 +70,7 @@ def best_symmetric_bound(rows: Tensor, bits: int, steps: int = 40) -> Tensor:
     low, high = integer_range(bits, symmetric=True)
     zero = torch.zeros((), dtype=rows.dtype)
     for step in range(steps, -1, -1):
-        bound = top * (0.5 + 0.5 * step / steps)
+        bound = top * (0.2 + 0.8 * step / steps)
         scale = symmetric_scale(bound, bits)[:, None]
         error = (dequantize(quantize(rows, scale, zero, low, high), scale, zero) - rows).square()
         error = error.sum(dim=1)

@@ -54,7 +54,7 @@ def test_grids_stay_and_codes_move_by_one_at_most(apply):
 
 def test_nothing_is_gained_where_inputs_are_alike_and_apart(apply):
     # with E[x x^T] = I the nearest code is the best one
-    grid = StaticInt8(weight_bits=3)._pack(torch.randn(5, 7))
+    grid = StaticInt8().pack(torch.randn(5, 7), 3)
     soft = SoftRounding(grid, grid)
     found, nearest, best = AdaRound(steps=80).round(soft, grid, torch.eye(7)[None])
     assert torch.equal(found, grid.codes())
@@ -86,7 +86,7 @@ def test_error_is_that_of_the_outputs():
 
 
 def test_soft_rounding_begins_at_the_weight_and_ends_at_codes():
-    form = StaticInt8(weight_bits=4)._pack(torch.randn(5, 7))
+    form = StaticInt8().pack(torch.randn(5, 7), 4)
     soft = SoftRounding(form, form)
     torch.testing.assert_close(soft.dense(), form.inner.dense())
     assert torch.equal(soft.codes(), form.codes())  # before it learns: the nearest

@@ -236,10 +236,8 @@ def test_norms_are_folded_first(apply):
     work = apply(tiny_task("plain_cnn"), StaticInt8())
     assert "folded 3 BatchNorms first." in work.notes
     assert not any(isinstance(m, nn.BatchNorm2d) for m in work.model.modules())
-    assert (
-        work.notes[-1]
-        == f"4 layers and {len(ledger(work.model).grids)} activations on 8-bit grids."
-    )
+    count = len(ledger(work.model).grids)
+    assert work.notes[-1] == (f"4 layers on grids of 8 bits and {count} activations on grids of 8.")
 
 
 def test_skipped_layers_stay_float(apply):
@@ -277,7 +275,8 @@ def test_a_network_without_layers_is_refused(refuses):
 
 def test_what_it_needs_and_makes():
     assert StaticInt8.needs == {Need.STATISTICS}
-    assert StaticInt8.makes == {packed.Affine, Grid} == StaticInt8.spoils
+    assert StaticInt8.makes == {packed.Affine, Grid}
+    assert StaticInt8.spoils == {*packed.QUANTIZED, Grid}
 
 
 @pytest.mark.parametrize(
@@ -294,3 +293,30 @@ def test_what_it_needs_and_makes():
 def test_absurd_knobs_are_refused(knobs):
     with pytest.raises(ValidationError):
         StaticInt8(**knobs)
+
+
+def test_some_layers_keep_eight_bits_with_what_they_read(apply):
+    task = tiny_task("residual_cnn")
+    every = StaticInt8(weight_bits=3, activation_bits=4, examples=8)
+    plain = apply(task, every).model
+    paths = [path for path, _, _ in quantized_layers(plain)]
+    some = every.model_copy(update={"eight": (paths[0], paths[-1])})
+    model = apply(task, some).model
+    assert {f.bits_wide for _, _, f in quantized_layers(plain)} == {3}
+    widths = {path: form.bits_wide for path, _, form in quantized_layers(model)}
+    assert widths == {path: 8 if path in some.eight else 3 for path in paths}
+    assert {grid.high for grid in ledger(plain).grids.values()} == {15}
+    grids = ledger(model).grids
+    assert grids["input:0"].high == 255
+    read = [c.sources[0] for c in sites.calls(model, task.example) if c.path == paths[-1]]
+    assert grids[read[0]].high == 255
+    assert sorted({grid.high for grid in grids.values()}) == [15, 255]
+
+
+def test_a_narrow_grid_clips_and_rounds_as_a_wide_one():
+    x = 4 * torch.randn(500)
+    for zero, high in ((0, 15), (5, 15), (2, 3)):
+        scale = torch.tensor(0.3)
+        q = numerics.quantize(x, scale, torch.tensor(float(zero)), 0, high)
+        want = numerics.dequantize(q, scale, torch.tensor(float(zero)))
+        torch.testing.assert_close(Grid(0.3, zero, 0, high)(x), want)

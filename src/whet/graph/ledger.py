@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "_whet_ledger"
+BYTE = (0, 255)  # the codes of the grids that runtimes have
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,13 @@ class Grid:
             raise ValueError(f"{self} is no grid")
 
     def __call__(self, x: Tensor) -> Tensor:
+        if (self.low, self.high) != BYTE:
+            # exported as clipping in front of the 8-bit grid that runtimes have
+            x = x.clamp(
+                self.scale * (self.low - self.zero_point),
+                self.scale * (self.high - self.zero_point),
+            )
+            return torch.fake_quantize_per_tensor_affine(x, self.scale, self.zero_point, *BYTE)
         return torch.fake_quantize_per_tensor_affine(
             x, self.scale, self.zero_point, self.low, self.high
         )

@@ -72,6 +72,18 @@ class StaticInt8(Technique):
     weight_bits: Annotated[
         int, Field(ge=2, le=8, description="7 where the processor has no VNNI and would saturate")
     ] = 8
+    activation_bits: Annotated[
+        int,
+        Field(
+            ge=2,
+            le=8,
+            description="fewer than 8 clip first, which keeps ONNX Runtime from integers",
+        ),
+    ] = 8
+    eight: Annotated[
+        tuple[str, ...],
+        Field(description="module paths that keep 8 bits, with what they read; * matches any"),
+    ] = ()
     examples: Annotated[int, Field(ge=1, description="calibration examples")] = 512
     skip: Skip = ()
 
@@ -85,42 +97,47 @@ class StaticInt8(Technique):
         if folded:
             work.notes.append(f"folded {len(folded)} BatchNorms first.")
         layers = list(weights(work.model, self.skip))
-        for _, module in layers:
-            packed.rewrite(module, "weight", self._pack)
-        plan = placement(sites.calls(work.model, work.task.example), self.skip)
-        surgery.set_grids(work.model, self._grids(work, plan))
-        work.notes.append(f"{len(layers)} layers and {len(plan)} activations on 8-bit grids.")
+        for path, module in layers:
+            bits = 8 if skipped(path, self.eight) else self.weight_bits
+            packed.rewrite(module, "weight", lambda w, bits=bits: self.pack(w, bits))
+        calls = sites.calls(work.model, work.task.example)
+        plan = placement(calls, self.skip)
+        surgery.set_grids(work.model, self._grids(work, plan, wide(calls, plan, self.eight)))
+        work.notes.append(
+            f"{len(layers)} layers on grids of {self.weight_bits} bits and {len(plan)} activations "
+            f"on grids of {self.activation_bits}."
+        )
 
-    def _pack(self, weight: Tensor) -> packed.Packed:
+    def pack(self, weight: Tensor, bits: int) -> packed.Affine:
+        """The form of a weight [out, ...], one scale an output."""
         rows = weight.detach().flatten(1)
         bound = rows.abs().amax(dim=1)
         if self.weight_ranges == "mse":
-            bound = numerics.best_symmetric_bound(rows, self.weight_bits)
-        scale = numerics.symmetric_scale(bound, self.weight_bits)
+            bound = numerics.best_symmetric_bound(rows, bits)
+        scale = numerics.symmetric_scale(bound, bits)
+        zero = torch.zeros_like(scale)
         return packed.Affine(
-            packed.Dense(weight),
-            scale,
-            torch.zeros_like(scale),
-            bits_wide=self.weight_bits,
-            symmetric=True,
-            axis=0,
+            packed.Dense(weight), scale, zero, bits_wide=bits, symmetric=True, axis=0
         )
 
-    def _grids(self, work: Work, plan: dict[str, str]) -> dict[str, Grid]:
+    def _grids(self, work: Work, plan: dict[str, str], wide: set[str]) -> dict[str, Grid]:
         batches = work.task.statistics()
         assert batches is not None  # `needs` was checked before any work
         found = statistics.histograms(work.model, batches, set(plan.values()), self.examples)
-        ranges = {site: self._grid(histogram) for site, histogram in found.items()}
+        ranges = {
+            site: self._grid(histogram, 8 if site in wide else self.activation_bits)
+            for site, histogram in found.items()
+        }
         return {site: ranges[source] for site, source in plan.items()}
 
-    def _grid(self, histogram: statistics.Histogram) -> Grid:
+    def _grid(self, histogram: statistics.Histogram, bits: int) -> Grid:
         if self.ranges == "minmax":
             low, high = histogram.minmax()
         elif self.ranges == "percentile":
             low, high = histogram.percentile(self.percentile)
         else:
-            low, high = histogram.least_squares(bits=8)
-        return Grid(*numerics.affine_scale(low, high, bits=8), 0, 255)
+            low, high = histogram.least_squares(bits)
+        return Grid(*numerics.affine_scale(low, high, bits), 0, 2**bits - 1)
 
 
 def placement(calls: list[sites.Call], skip: tuple[str, ...] = ()) -> dict[str, str]:
@@ -147,6 +164,12 @@ def placement(calls: list[sites.Call], skip: tuple[str, ...] = ()) -> dict[str, 
         elif moved_from in plan:
             plan[call.site] = plan[moved_from]
     return plan
+
+
+def wide(calls: list[sites.Call], plan: dict[str, str], eight: tuple[str, ...]) -> set[str]:
+    """The sites whose ranges those of the inputs of the layers `eight` are taken from."""
+    readers = [call for call in calls if call.op in MATMULS and skipped(call.path, eight)]
+    return {plan[site] for call in readers for site in call.sources if site in plan}
 
 
 def _read_by_integers(

@@ -1,0 +1,128 @@
+"""Qat trains codes and steps together, by the gradients of the paper."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from whet import packed
+from whet.graph.ledger import Grid, ledger
+from whet.rungs.rounding import affine
+from whet.technique import Work
+from whet.techniques.quantize import qat
+from whet.techniques.quantize.qat import LearnedGrid, Qat, shrunk
+from whet.techniques.quantize.staticint8 import StaticInt8
+from whet.testing import tiny_task
+
+FEW = StaticInt8(weight_bits=3, activation_bits=3)
+
+
+def penalty(work, task):
+    with torch.no_grad():
+        pairs = [(task.penalty(work.model(x), y), task.model(x)) for x, y in task.train]
+    return float(sum(loss for loss, _ in pairs))
+
+
+@pytest.mark.parametrize("name", ["residual_cnn", "plain_cnn", "transformer"])
+def test_training_lowers_the_loss_and_every_step_moves(apply, name):
+    task = tiny_task(name)
+    task = replace(task, validation=None)
+    before = apply(task, FEW)
+    work = apply(task, FEW, Qat(epochs=6, lr=0.02, teacher=False))
+    assert penalty(work, task) < penalty(before, task)
+    old, new = ledger(before.model).grids, ledger(work.model).grids
+    assert old.keys() == new.keys()
+    assert all(isinstance(grid, Grid) for grid in new.values())
+    assert sum(old[s].scale != new[s].scale for s in old) > len(old) / 2
+    for site, grid in new.items():
+        assert (grid.zero_point, grid.low, grid.high) == (
+            old[site].zero_point, old[site].low, old[site].high
+        )  # fmt: skip
+    moved = 0
+    for path, _, form in packed.forms(before.model):
+        grid = affine(packed.form_of(work.model.get_submodule(path)))
+        moved += int((grid.scale != affine(form).scale).sum())
+        assert not grid.scale.requires_grad
+        assert bool((grid.scale > 0).all())
+    assert moved > 0
+
+
+def test_everything_is_set_back(apply):
+    task = tiny_task("residual_cnn")
+    work = apply(task, FEW, Qat(epochs=1))
+    assert not any("learned" in name for name, _ in work.model.named_modules())
+    assert not any("learned" in name for name in work.model.state_dict())
+    shared = {}
+    for site, grid in ledger(apply(task, FEW).model).grids.items():
+        shared.setdefault(id(grid), set()).add(site)
+    now = ledger(work.model).grids
+    for group in shared.values():
+        assert len({now[site].scale for site in group}) == 1
+
+
+def test_an_error_on_the_way_leaves_plain_grids():
+    task = tiny_task("residual_cnn")
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    FEW.apply(work)
+
+    def broken(done, of):
+        raise KeyboardInterrupt
+
+    work.tell = broken
+    with pytest.raises(KeyboardInterrupt):
+        Qat(epochs=1).apply(work)
+    assert all(isinstance(grid, Grid) for grid in ledger(work.model).grids.values())
+    assert not any("learned" in name for name, _ in work.model.named_modules())
+    work.model(*task.example)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_an_activations_gradients_are_those_of_the_paper(zero):
+    s, low, high, count = 0.3, 0, 7, 50
+    grid = LearnedGrid(Grid(s, zero, low, high), count)
+    x = 2 * torch.randn(400)
+    x.requires_grad_(True)
+    weights = torch.randn(400)
+    out = grid(x)
+    torch.testing.assert_close(out, Grid(s, zero, low, high)(x))
+    (out * weights).sum().backward()
+    u = x.detach() / s
+    n, p = low - zero, high - zero
+    inside = (u >= n) & (u <= p)
+    torch.testing.assert_close(x.grad, weights * inside)
+    slope = torch.where(inside, u.round() - u, u.clamp(n, p))
+    want = (slope * weights).sum() * shrunk(count, high - low)
+    torch.testing.assert_close(grid.scale.grad, want, rtol=1e-4, atol=1e-5)
+    assert shrunk(count, 7) == pytest.approx((50 * 7) ** -0.5)
+
+
+def test_a_weights_steps_have_the_gradient_of_the_paper():
+    weight = torch.randn(4, 30)
+    form = StaticInt8(weight_ranges="mse").pack(weight, 3)
+    factors = torch.randn(4, 30)
+    with qat.stepping([form]):
+        (form.dense() * factors).sum().backward()
+        found = form.scale.grad.clone()
+    assert form.scale.grad is None and not form.scale.requires_grad
+    s = form.scale[:, None]
+    u = weight / s
+    inside = u.round().abs() <= 3  # a weight's form counts what is rounded into the range as inside
+    slope = torch.where(inside, u.round() - u, u.clamp(-3, 3))
+    want = (slope * factors).sum(1) * shrunk(30, 7)
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_never_turn_negative(apply):
+    task = tiny_task("plain_cnn")
+    work = apply(task, FEW, Qat(epochs=2, lr=0.05, optimizer="adamw", teacher=False))
+    assert all(grid.scale > 0 for grid in ledger(work.model).grids.values())
+    assert all(bool((affine(f).scale > 0).all()) for _, _, f in packed.forms(work.model))
+
+
+def test_a_learned_grid_is_a_module_so_that_the_best_one_is_kept():
+    grid = LearnedGrid(Grid(0.5, 1, 0, 15), 10)
+    assert isinstance(grid, nn.Module) and list(grid.state_dict()) == ["scale"]
+    grid.scale.data.fill_(0.25)
+    assert grid.settled() == Grid(0.25, 1, 0, 15)
