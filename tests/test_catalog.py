@@ -34,7 +34,7 @@ def test_techniques_are_frozen():
     [
         ("L1Filter", "Did you mean L1Filters"),
         ("SVD", "Did you mean Svd"),
-        ("", "Known are: AdmmPrune, "),
+        ("", "Known are: AdaRound, "),
         ("../x", "Known are"),
     ],
 )

@@ -54,10 +54,16 @@ def applied(technique: Technique, task: Task, model: nn.Module | None = None) ->
 
 
 def makers(technique: Technique) -> list[Technique]:
-    """For each form that `technique` wants, the first technique that makes it."""
+    """For each form that `technique` wants, a technique that makes it."""
     known = catalog.techniques().items()
     names = [[n for n, t in known if form in t.makes and not t.wants] for form in technique.wants]
-    return [sample(each[0]) for each in names]
+    return [sample(broadest(each)) for each in names]
+
+
+def broadest(names: list[str]) -> str:
+    """The first of the techniques that make forms in most places: in weights, in activations."""
+    made = {name: catalog.techniques()[name].makes for name in names}
+    return max(names, key=lambda n: len({issubclass(form, packed.Packed) for form in made[n]}))
 
 
 def prepare(technique: Technique, work: Work) -> None:
@@ -142,11 +148,13 @@ def _cost_falls(model: nn.Module, task: Task, technique: Technique) -> None:
 
 def others(technique: Technique) -> Iterator[Technique]:
     """One technique of each other family."""
-    seen = {catalog.family(type(technique))}
+    families: dict[str, list[str]] = {}
     for name, kind in catalog.techniques().items():
-        if catalog.family(kind) not in seen and not kind.wants:
-            seen.add(catalog.family(kind))
-            yield sample(name)
+        if not kind.wants:
+            families.setdefault(catalog.family(kind), []).append(name)
+    for family, names in families.items():
+        if family != catalog.family(type(technique)):
+            yield sample(broadest(names))
 
 
 def check_composition(technique: Technique, network: str = "residual_cnn") -> int:

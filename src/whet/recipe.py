@@ -82,12 +82,13 @@ class Recipe:
             made |= dict.fromkeys(step.makes, place)
 
     def _check_order(self, step: Technique, place: int, made: Mapping[type, int]) -> None:
-        for form in step.spoils:
+        for form in sorted(step.spoils, key=lambda f: f.__name__):
             if form in made:
-                maker = self.steps[made[form] - 1].name
+                other = self.steps[made[form] - 1]
+                maker = other.name
                 swap = (
                     "Take one of the two out."
-                    if maker == step.name
+                    if step.makes & other.spoils
                     else f"Put {step.name} before {maker}."
                 )
                 raise BadOrder(

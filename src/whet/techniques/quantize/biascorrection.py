@@ -43,7 +43,7 @@ class BiasCorrection(Technique):
         corrected = 0
         for path, module in weights(work.model):
             form = packed.form_of(module)
-            if form is None or packed.Affine not in packed.kinds(form):
+            if form is None or not any(isinstance(m, packed.Affine) for m in form.modules()):
                 continue
             if module.bias is None or path not in means:
                 work.notes.append(f"{path} has no bias to correct.")

@@ -1,0 +1,30 @@
+"""RoundToNearest: weights go to the nearest value on a grid of few bits, without data.
+
+    w_hat = S (q - Z),   q = clamp(round(w / S) + Z),   one S, Z for `group` consecutive inputs
+
+    symmetric   S = max|w| / (2^(b-1) - 1),    Z = 0
+    affine      S = (max w - min w) / (2^b - 1),   Z = round(-min w / S)
+
+so that |w - w_hat| <= S / 2 for every w in the range.
+
+Paper: Jacob et al. 2017, Quantization and Training of Neural Networks for Efficient
+    Integer-Arithmetic-Only Inference (1712.05877); scales by groups after Shen et al. 2020, Q-BERT
+    (1909.05840).
+Helps when: bytes count: a weight takes `bits` and its share of a scale. There is no data, or there
+    are 8 bits. It is what Gptq, Awq and Hqq are measured against.
+Hurts when: 4 bits and less meet scales per channel (group=0), or small networks. Activations stay
+    floats, so that there are no fewer operations.
+Needs: nothing. Costs: nothing; ranges="mse" tries 40 ranges.
+"""
+
+from __future__ import annotations
+
+from whet.rungs.grids import RangeTechnique
+from whet.technique import Work
+
+
+class RoundToNearest(RangeTechnique):
+    """Round the weights of linear and convolutional layers to the nearest value on their grids."""
+
+    def apply(self, work: Work) -> None:
+        self.pack_each(work, self.nearest)

@@ -1,0 +1,125 @@
+"""RoundToNearest: every weight is within half a step, and each group has a grid of its own."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from whet import Recipe, numerics, packed
+from whet.errors import BadOrder
+from whet.rungs.layers import weights
+from whet.techniques.quantize.biascorrection import latent
+from whet.techniques.quantize.roundtonearest import RoundToNearest
+from whet.techniques.quantize.staticint8 import StaticInt8
+from whet.testing import NETWORKS, tiny_task
+
+GRIDS = [{"grid": "symmetric"}, {"grid": "affine"}]
+
+
+def by_group(weight, group):
+    """[out, groups, group] with zeros behind the last input."""
+    return numerics.in_groups(weight.detach().flatten(1), group)
+
+
+def scales(form):
+    return form.scale if form.scale.ndim == 2 else form.scale[:, None]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("group", [0, 1, 7, 16, 45, 64])
+def test_the_error_is_at_most_half_a_step(grid, bits, group):
+    weight = torch.randn(6, 5, 3, 3).pow(3) + 0.1
+    form = RoundToNearest(bits=bits, group=group, **grid).nearest(weight)
+    each = group or 45
+    error = by_group(form.dense() - weight, each).abs()
+    assert bool((error <= scales(form)[..., None] / 2 * (1 + 1e-4)).all())
+    top = 2**bits - 1 if grid["grid"] == "affine" else 2**bits - 2
+    spans = by_group(weight, each)
+    low, high = spans.amin(-1).clamp(max=0), spans.amax(-1).clamp(min=0)
+    wide = high - low if grid["grid"] == "affine" else 2 * torch.maximum(high, -low)
+    steps = torch.where(wide > 0, wide / top, 1)  # one step a code, none to spare
+    torch.testing.assert_close(scales(form).detach().expand_as(steps), steps)
+    assert form.bits() == weight.numel() * bits + steps.numel() * (64 if top % 2 else 32)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_searched_ranges_are_never_worse(grid, bits):
+    weight = torch.distributions.StudentT(3.0).sample((32, 200))
+    errors = {}
+    for ranges in ("minmax", "mse"):
+        form = RoundToNearest(bits=bits, group=50, ranges=ranges, **grid).nearest(weight)
+        errors[ranges] = by_group(form.dense() - weight, 50).square().sum(-1)
+    assert bool((errors["mse"] <= errors["minmax"] * (1 + 1e-6)).all())
+    share = float(errors["mse"].sum() / errors["minmax"].sum())
+    assert share < {2: 0.85, 3: 0.95, 4: 0.98}.get(bits, 1.01)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_smaller_groups_are_finer(bits):
+    weight = torch.randn(16, 256) * torch.rand(16, 256).pow(2)
+    for grid in GRIDS:
+        technique = [RoundToNearest(bits=bits, group=g, **grid) for g in (256, 64, 16, 4)]
+        steps = [scales(t.nearest(weight)).repeat_interleave(t.group, 1) for t in technique]
+        for wide, narrow in pairwise(steps):
+            assert bool((narrow <= wide * (1 + 1e-6)).all())
+
+
+@pytest.mark.parametrize("group", [0, 16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_layer_is_on_grids(apply, name, group):
+    task = tiny_task(name)
+    old = dict(weights(task.model))
+    for path, module in weights(apply(task, RoundToNearest(group=group)).model):
+        form = packed.form_of(module)
+        several = bool(group) and old[path].weight[0].numel() > group
+        assert type(form) is (packed.Grouped if several else packed.Affine)
+        assert torch.equal(latent(form), old[path].weight)
+        assert form.bits_wide == 4
+        assert 1 < len(form.codes().unique()) <= 15
+
+
+def test_what_is_pruned_stays_zero_and_widens_no_range(apply):
+    task = tiny_task("flatten_cnn")
+    for _, module in weights(task.model):
+        mask = module.weight.abs() < module.weight.abs().median()  # the largest go
+        packed.install(module, "weight", packed.Sparse(packed.Dense(module.weight), mask))
+    for grid in GRIDS:
+        model = apply(task, RoundToNearest(group=8, **grid)).model
+        for (_, new), (_, old) in zip(weights(model), weights(task.model), strict=True):
+            form = packed.form_of(new)
+            assert bool((new.weight[~form.support()] == 0).all())
+            alone = RoundToNearest(group=8, **grid).nearest(old.weight.detach())
+            assert torch.equal(form.inner.scale, alone.scale)
+            assert torch.equal(new.weight, alone.dense())
+
+
+def test_empty_groups_stay_zero():
+    weight = torch.zeros(3, 20)
+    weight[0, 0] = 2.0
+    for grid in GRIDS:
+        form = RoundToNearest(group=5, **grid).nearest(weight)
+        torch.testing.assert_close(form.dense(), weight)
+
+
+@pytest.mark.parametrize("other", [RoundToNearest(bits=8), StaticInt8()], ids=lambda t: t.name)
+def test_a_weight_is_not_quantized_twice(other):
+    task = tiny_task("plain_cnn")
+    for steps in ([RoundToNearest(), other], [other, RoundToNearest()]):
+        with pytest.raises(BadOrder, match=r"it would break the \w+ forms"):
+            Recipe(steps).check(task)
+
+
+def test_without_a_layer_it_is_refused(refuses):
+    text = "RoundToNearest: no linear or convolutional layer is left to work on. Drop it."
+    refuses(tiny_task("plain_cnn"), RoundToNearest(skip=("*",)), text)
+
+
+@pytest.mark.parametrize(
+    "knobs", [{"bits": 1}, {"bits": 9}, {"group": -1}, {"grid": "log"}, {"ranges": "none"}]
+)
+def test_absurd_knobs_are_refused(knobs):
+    with pytest.raises(ValidationError):
+        RoundToNearest(**knobs)
