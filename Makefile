@@ -24,7 +24,7 @@ demo: .venv/.demo
 	$(BIN)/whet demo --output out/ --force
 
 test: .venv/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: .venv/.check
 	$(BIN)/ruff check
