@@ -64,7 +64,7 @@ FORM = r"Write steps: and under it lines like  - L1Filters: \{amount: 0\.5\}"
         ("steps: &a [*a]", "a step is"),
         ("steps: [StaticInt9]", "'StaticInt9' is not a technique. Did you mean StaticInt8"),
         ("steps: [staticint8]", "is not a technique. Did you mean StaticInt8"),
-        ("steps: [xyzzy]", "is not a technique. Known are: AdmmPrune, "),
+        ("steps: [xyzzy]", "is not a technique. Known are: A"),
         ("steps: [L1Filters: {amuont: 1}]", "'amuont' of L1Filters: .*. Did you mean amount"),
         ("steps: [L1Filters: {3: 1}]", "set the knob '3' of L1Filters: it has no such knob"),
         ("steps: [L1Filters: {amount: 1.5}]", "set L1Filters.amount to 1.5: input should be less"),

@@ -1,6 +1,6 @@
 """Rewrites that let runtimes compute on integers, and store them.
 
-1. The weight of an `Affine` form becomes its codes and a DequantizeLinear.
+1. The weight of an `Affine` form that meets quantized inputs becomes codes and DequantizeLinear.
 2. x W + b becomes MatMul and Sub(-b): ONNX Runtime fuses MatMul and Add into a float Gemm.
 3. The bias of a quantized convolution becomes int32 on the grid of the accumulator, S_x S_w.
 4. A ReLU in front of a grid whose smallest code stands for zero goes: the grid clamps as it does.
@@ -43,6 +43,8 @@ def store_codes(graph: OnnxGraph, name: str, form: packed.Packed) -> None:
     dense, stored = form.dense().detach().numpy(), graph.arrays.get(name)
     if stored is None or not affine.symmetric or affine.bits_wide > 8:
         return
+    if not all(_on_integers(graph, node, name) for node in graph.readers(name)):
+        return
     scale, axis = affine.scale.detach(), affine.axis
     codes = as_int8(dense / numerics.along(scale, dense.ndim, axis).numpy())
     if stored.shape == dense.shape and np.array_equal(stored, dense):
@@ -50,6 +52,12 @@ def store_codes(graph: OnnxGraph, name: str, form: packed.Packed) -> None:
     elif stored.ndim == 2 and np.array_equal(stored, dense.T):
         across = None if axis is None else 1 - axis
         _dequantize(graph, name, codes.T.copy(), scale.numpy(), across)
+
+
+def _on_integers(graph: OnnxGraph, node: NodeProto, weight: str) -> bool:
+    """Whether what a node reads beside its weight is quantized."""
+    others = [name for name in node.input[:2] if name != weight]
+    return all(graph.maker(name, "DequantizeLinear") is not None for name in others)
 
 
 def integer_products(graph: OnnxGraph) -> None:

@@ -26,6 +26,7 @@ from torch.fx import Interpreter, Node
 from whet import packed
 from whet.errors import TargetFailed
 from whet.graph.trace import baked, export, module_path
+from whet.targets import tables
 from whet.targets.integers import rewrite
 from whet.targets.onnxgraph import OnnxGraph
 from whet.targets.target import Target
@@ -52,9 +53,8 @@ class Deployable:
         self.example = example
         twin, forms = baked(model)
         self.program = export(twin, example)
-        self.proto, self.layers = _convert(self.program, forms, target)
+        self.proto, self.layers, self.quantized = _convert(self.program, forms, target)
         self.owners = _owners(self.proto)
-        self.quantized = sum(1 for form in forms.values() if packed.Affine in packed.kinds(form))
 
     def write(self, path: Path) -> Path:
         """Write the .onnx file; gives its path."""
@@ -116,7 +116,8 @@ def _owners(proto: ModelProto) -> dict[str, str]:
 
 def _convert(
     program: ExportedProgram, forms: dict[str, packed.Packed], target: Target
-) -> tuple[ModelProto, list[tuple[str, str]]]:
+) -> tuple[ModelProto, list[tuple[str, str]], int]:
+    """The file, the values of calls in it, and how many weights meet quantized inputs."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -131,10 +132,12 @@ def _convert(
     assert written is not None
     graph = OnnxGraph(written.model_proto)
     rewrite(graph, forms)
+    tables.store(graph, forms)
     for rule in target.rules:
         rule(graph)
+    integers = sum(graph.maker(name, "DequantizeLinear") is not None for name in forms)
     proto, short = graph.finish(OPSET)
-    return proto, _values(graph, short, [node.name for node in program.graph.nodes])
+    return proto, _values(graph, short, [node.name for node in program.graph.nodes]), integers
 
 
 def _values(graph: OnnxGraph, short: dict[str, str], calls: list[str]) -> list[tuple[str, str]]:
