@@ -33,14 +33,15 @@ STEPS = {
     "groups from zero": [("RoundToNearest", {"group": 4, "grid": "affine"})],
     "a scale a channel": [("RoundToNearest", {"group": 0})],
     "a scale and a zero a channel": [("RoundToNearest", {"group": 0, "grid": "affine"})],
-    "a mask over groups": [("RoundToNearest", {"group": 4}), ("Magnitude", {"amount": 0.5})],
+    "a mask over groups": [("RoundToNearest", {"group": 4}), ("Magnitude", {"amount": 0.8})],
 }
 
 
+@pytest.mark.parametrize("network", ["flatten_cnn", "transformer"])
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", HERE)
-def test_weights_are_bytes_and_outputs_agree(name: str, steps: str, tmp_path: Path):
-    task, target = tiny_task("flatten_cnn"), catalog.target(name)
+def test_weights_are_bytes_and_outputs_agree(name: str, steps: str, network: str, tmp_path: Path):
+    task, target = tiny_task(network), catalog.target(name)
     work = Work(copy.deepcopy(task.model), task.model, task)
     for technique, knobs in STEPS[steps]:
         catalog.technique(technique, knobs).apply(work)

@@ -131,6 +131,7 @@ def _convert(
             ) from error
     assert written is not None
     graph = OnnxGraph(written.model_proto)
+    graph.name_turned({name: form.dense().detach().numpy() for name, form in forms.items()})
     rewrite(graph, forms)
     tables.store(graph, forms)
     for rule in target.rules:

@@ -86,6 +86,30 @@ class OnnxGraph:
         """The nodes of these kinds, as they stand now."""
         return iter([node for node in self.nodes.values() if node.op_type in kinds])
 
+    def name_turned(self, weights: dict[str, np.ndarray]) -> None:
+        """Give back their names to weights that the exporter has transposed beforehand.
+
+        Args:
+            weights: by the name they should have; those that stand under it are passed over.
+        """
+        by_shape: dict[tuple[int, ...], list[str]] = {}
+        for name, array in self.arrays.items():
+            if array.ndim == 2 and name not in weights:
+                by_shape.setdefault(array.shape, []).append(name)
+        for name, weight in weights.items():
+            if name in self.arrays or weight.ndim != 2:
+                continue
+            turned = weight.T
+            same = [n for n in by_shape.get(turned.shape, ()) if n in self.arrays]
+            found = next((n for n in same if np.array_equal(self.arrays[n], turned)), None)
+            if found is None:
+                continue
+            self.arrays[name] = self.arrays.pop(found)
+            for node in list(self.readers(found)):
+                for position in [k for k, each in enumerate(node.input) if each == found]:
+                    self.reads_instead(node, position, name)
+                    self.places[id(node)] = name.rpartition(".")[0]
+
     def _sorted(self) -> list[NodeProto]:
         """The nodes, each behind those that make what it reads, near to where they stood."""
         done: set[int] = set()
