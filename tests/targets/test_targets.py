@@ -120,7 +120,8 @@ def test_weights_are_stored_as_int8(nets: Nets, name: str, tmp_path: Path):
     forms = [form.dense().numel() for _, _, form in packed.forms(model)]
     assert codes == Counter(forms)
     assert all(np.abs(a.astype(int)).max() <= 127 for a in stored.values() if a.dtype == np.int8)
-    assert (tmp_path / "q.onnx").stat().st_size < 0.5 * (tmp_path / "f.onnx").stat().st_size
+    saved = (tmp_path / "f.onnx").stat().st_size - (tmp_path / "q.onnx").stat().st_size
+    assert saved > 2 * sum(forms)  # of three bytes a weight; grids take some of them
 
 
 @pytest.mark.parametrize(("name", "kind"), [("residual_cnn", "Add"), ("concat_cnn", "Concat")])
