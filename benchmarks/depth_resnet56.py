@@ -49,7 +49,7 @@ def main() -> None:
 def train(task: Task, options: argparse.Namespace) -> nn.Module:
     """Drop blocks, distil, quantize; says what each step took and what is left."""
     seed_all(options.seed, task)
-    work = Work(copy.deepcopy(task.model), task.model, task)
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
     for name, knobs in (
         ("DropBlocks", {"amount": options.amount}),
         ("Distill", {"epochs": options.epochs, "lr": options.lr}),

@@ -37,7 +37,7 @@ EXAMPLES, ROUNDS = 512, 60
 
 def ours(task: Task) -> tuple[object, float]:
     """The network after FoldBatchNorm and StaticInt8, and the seconds that took."""
-    work = Work(copy.deepcopy(task.model), task.model, task)
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
     began = time.perf_counter()
     catalog.technique("FoldBatchNorm").apply(work)
     catalog.technique("StaticInt8", {"examples": EXAMPLES}).apply(work)

@@ -143,7 +143,7 @@ def table(
     with tempfile.TemporaryDirectory() as folder:
         variants = []
         for k, (way, model) in enumerate(ways.items()):
-            work = Work(copy.deepcopy(model), task.model, task)
+            work = Work(copy.deepcopy(model), task.model, task, targets=[target])
             if precision == "int8":
                 catalog.technique("FoldBatchNorm").apply(work)
                 catalog.technique("StaticInt8", {"examples": 16}).apply(work)

@@ -519,7 +519,8 @@ def test_techniques(run: Run):
     said = json.loads(out)
     assert set(said) == set(catalog.techniques())
     assert said["StaticInt8"]["family"] == "quantize"
-    assert said["StaticInt8"]["knobs"]["weight_bits"]["default"] == 8
+    assert said["StaticInt8"]["knobs"]["weight_bits"]["default"] is None
+    assert said["StaticInt8"]["knobs"]["activation_bits"]["default"] == 8
     status, out, _ = run("techniques")
     assert all(name in out for name in said)
     status, out, _ = run("techniques", "Svd")

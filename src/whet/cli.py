@@ -33,6 +33,7 @@ from whet.recipe import Recipe, built_in
 from whet.report.heatmap import heatmap, probe_tables
 from whet.report.page import page
 from whet.report.table import layer_table, tables
+from whet.targets.processor import here
 from whet.task import Task
 from whet.technique import card, knobs, span
 
@@ -498,7 +499,7 @@ def targets(as_json: Json = False) -> None:
             "installed": installed(target.package),
             "version": version(target.package),
             "install": f"pip install 'whet[{target.extra}]'",
-            "facts": dict(target.facts),
+            "facts": dict(target.facts) | {"int8 here": _int8_here(target.weight_bits(here()))},
         }
         for name, target in catalog.targets().items()
     }
@@ -511,6 +512,13 @@ def targets(as_json: Json = False) -> None:
         for what, how in facts["facts"].items():
             table.add_row(what, how)
         out.print(table)
+
+
+def _int8_here(bits: int) -> str:
+    processor = here()
+    found = ", ".join(processor.features) or processor.machine
+    why = " (8 would overflow: products of bytes are added in pairs, in 16 bits)"
+    return f"weights of {bits} bits on {found}{why if bits < 8 else ''}"
 
 
 def _show_version(value: bool) -> None:

@@ -42,7 +42,9 @@ def sample(name: str) -> Technique:
 def applied(technique: Technique, task: Task, model: nn.Module | None = None) -> Work | None:
     """The work after `technique` on a copy of the task's network (or `model`); None: refused."""
     seed_all(0, task)
-    work = Work(copy.deepcopy(model or task.model), task.model, task)
+    work = Work(
+        copy.deepcopy(model or task.model), task.model, task, targets=[catalog.target(TARGET)]
+    )
     try:
         prepare(technique, work)
         technique.apply(work)

@@ -171,7 +171,9 @@ def _try(
     threads: int,
 ) -> Row:
     began = time.perf_counter()
-    work = Work(copy.deepcopy(task.model), task.model, task)
+    work = Work(
+        copy.deepcopy(task.model), task.model, task, targets=[target] if target is not None else []
+    )
     row: Row = {
         "technique": option.technique.name,
         "place": option.place,

@@ -331,6 +331,7 @@ class _Run:
             self.parent,
             self.task,
             tell=lambda done, of: self.settings.tell(label, done, of),
+            targets=self.targets,
         )
         before, began, refused = promises.promises(model), time.perf_counter(), False
         try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import nn
 
 from whet.graph import surgery
+from whet.targets.target import Target
 from whet.task import Task
 
 
@@ -47,6 +48,7 @@ class Work:
         task: data, loss, metric.
         notes: what the report should say about this step.
         tell: progress, as tell(done, of).
+        targets: the runtimes that it is meant for; none where that is open.
     """
 
     model: nn.Module
@@ -54,6 +56,7 @@ class Work:
     task: Task
     notes: list[str] = field(default_factory=list)
     tell: Callable[[int, int], None] = lambda done, of: None
+    targets: Sequence[Target] = ()
 
     def __post_init__(self) -> None:
         for path in surgery.plain_weights(self.model):

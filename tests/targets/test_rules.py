@@ -48,7 +48,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, torch.T
     """The int8 network written without the rules and with them, and an input."""
     torch.manual_seed(0)
     task = tiny_task(Halved().eval())
-    work = Work(copy.deepcopy(task.model), task.model, task)
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=[OnnxRuntime()])
     catalog.technique("StaticInt8", {"examples": 32}).apply(work)
     folder = tmp_path_factory.mktemp("rules")
     written = [

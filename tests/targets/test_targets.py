@@ -16,16 +16,20 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
 
-from whet import catalog, packed
+from whet import catalog, numerics, packed
 from whet.errors import TargetFailed
 from whet.measure.latency import Variant, time_together
 from whet.optional import installed
 from whet.recipe import Recipe
+from whet.targets import processor
 from whet.targets import target as protocol
 from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.processor import Processor
 from whet.targets.target import Target
 from whet.targets.worker import turns
+from whet.task import Task
 from whet.technique import Work
+from whet.techniques.quantize.staticint8 import StaticInt8
 from whet.testing import tiny_task
 
 NETS = ["residual_cnn", "concat_cnn", "flatten_cnn", "transformer"]
@@ -42,9 +46,9 @@ def target(request: pytest.FixtureRequest) -> Target:
     return catalog.target(request.param)
 
 
-def quantized(name: str) -> tuple[nn.Module, tuple[Any, ...]]:
+def quantized(name: str, *targets: Target) -> tuple[nn.Module, tuple[Any, ...]]:
     task = tiny_task(name)
-    work = Work(copy.deepcopy(task.model), task.model, task)
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=targets)
     for step in Recipe.parse("steps: [StaticInt8: {examples: 32}]").steps:
         step.apply(work)
     return work.model.eval(), task.example
@@ -55,7 +59,7 @@ def nets(target: Target) -> dict[str, tuple[nn.Module, Deployable, Deployable]]:
     """(int8 network, its file, the float file) of each tiny network."""
     found = {}
     for name in NETS:
-        model, example = quantized(name)
+        model, example = quantized(name, target)
         float_net = Deployable(tiny_task(name).model, example, target)
         found[name] = (model, Deployable(model, example, target), float_net)
     return found
@@ -274,3 +278,54 @@ def test_workers_leave_no_files(
 def test_turns_interleave_calls_where_no_pool_spins():
     assert turns(2, 3, threads=1) == [0, 1, 0, 1, 0, 1]
     assert turns(2, 3, threads=2) == [0, 0, 0, 1, 1, 1]
+
+
+def largest(target: Target, bits: int | None, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Sums as large as they get: what the runtime makes of them, and what torch does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.weight.copy_(0.9 + 0.1 * torch.rand_like(layer.weight))
+    images = 0.8 + 0.2 * torch.rand(8, 16, 8, 8)
+    task = Task(model, (images[:1],), calibration=[(images, torch.zeros(8).long())])
+    work = Work(copy.deepcopy(model), model, task, targets=[target])
+    StaticInt8(weight_bits=bits, examples=8).apply(work)
+    got = ran(target, Deployable(work.model, task.example, target), folder).outputs[0]
+    with torch.no_grad():
+        return got, work.model(*task.example).numpy()
+
+
+def test_the_largest_sums_do_not_overflow(target: Target, tmp_path: Path):
+    got, want = largest(target, None, tmp_path)
+    assert np.abs(got - want).max() < 0.01 * want.max()
+
+
+@pytest.mark.skipif(not processor.here().saturates, reason="this processor adds bytes in 32 bits")
+def test_where_bytes_are_added_in_16_bits_eight_bits_overflow(target: Target, tmp_path: Path):
+    got, want = largest(target, 8, tmp_path)
+    assert np.abs(got - want).max() > 0.05 * want.max()
+
+
+@pytest.mark.parametrize(
+    ("machine", "features", "bits"),
+    [
+        ("x86_64", ("avx2",), 7),
+        ("x86_64", ("avx2", "avx512f"), 7),
+        ("AMD64", (), 7),  # a system that does not tell
+        ("x86_64", ("avx2", "avx_vnni"), 8),
+        ("x86_64", ("avx2", "avx512f", "avx512_vnni"), 8),
+        ("aarch64", (), 8),
+        ("arm64", ("asimddp",), 8),
+    ],
+)
+def test_the_bits_of_weights_follow_from_the_processor(
+    target: Target, machine: str, features: tuple[str, ...], bits: int
+):
+    assert target.weight_bits(Processor("any", machine, 2, features)) == bits
+
+
+def test_two_products_of_seven_bits_fit_and_of_eight_do_not():
+    for bits, fits in ((7, True), (8, False)):
+        _, top = numerics.integer_range(bits, symmetric=True)
+        assert (2 * 255 * top < 2**15) is fits

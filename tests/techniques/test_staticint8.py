@@ -8,12 +8,15 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from whet import numerics, packed
+from whet import catalog, numerics, packed
 from whet.graph import sites, surgery
 from whet.graph.ledger import Grid, ledger
 from whet.graph.trace import baked, export
 from whet.rungs.layers import weights
-from whet.technique import Need
+from whet.targets import processor
+from whet.targets.onnxruntime import OnnxRuntime
+from whet.targets.target import INTEGER_OPS
+from whet.technique import Need, Work
 from whet.techniques.factorize.svd import Svd
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude
@@ -67,7 +70,7 @@ def reads(model, example):
     found = []
 
     def show(site, op, args, out):
-        if op in staticint8.INTEGER:
+        if op in INTEGER_OPS:
             given = args[0] if op == "cat" else args[:2] if op == "add" else args[:1]
             found.extend((site, t) for t in given if torch.is_tensor(t) and t.is_floating_point())
 
@@ -320,3 +323,42 @@ def test_a_narrow_grid_clips_and_rounds_as_a_wide_one():
         q = numerics.quantize(x, scale, torch.tensor(float(zero)), 0, high)
         want = numerics.dequantize(q, scale, torch.tensor(float(zero)))
         torch.testing.assert_close(Grid(0.3, zero, 0, high)(x), want)
+
+
+@pytest.mark.parametrize(("features", "bits"), [(("avx2",), 7), (("avx2", "avx_vnni"), 8)])
+def test_weights_get_as_many_bits_as_the_targets_sum_exactly(monkeypatch, features, bits):
+    chip = processor.Processor("a chip", "x86_64", 2, features)
+    monkeypatch.setattr(staticint8, "here", lambda: chip)
+    task = tiny_task("plain_cnn")
+
+    def noted(**knobs):
+        work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
+        StaticInt8(examples=4, **knobs).apply(work)
+        widths = {form.bits_wide for _, _, form in quantized_layers(work.model)}
+        return widths, [note for note in work.notes if "overflow" in note]
+
+    widths, notes = noted()
+    assert widths == {bits}
+    told = "weights get 7 bits: a chip adds products of bytes in pairs, and with 8 bits the sums "
+    assert notes == ([told + "would overflow."] if bits == 7 else [])
+    assert noted(weight_bits=4) == ({4}, [])
+    widths, notes = noted(weight_bits=8)
+    assert widths == {8}
+    told = "weights of 8 bits overflow on a chip where activations are large; 7 bits do not."
+    assert notes == ([told] if bits == 7 else [])
+
+
+def test_without_a_target_weights_have_eight_bits(apply):
+    model = apply(tiny_task("plain_cnn"), StaticInt8(examples=4)).model
+    assert {form.bits_wide for _, _, form in quantized_layers(model)} == {8}
+
+
+def test_only_what_all_targets_run_on_integers_gets_a_grid():
+    class Narrow(OnnxRuntime):
+        integer_ops = frozenset(["conv2d", "linear"])
+
+    both = staticint8.integer_ops([OnnxRuntime(), Narrow()])
+    assert both == Narrow.integer_ops
+    assert staticint8.integer_ops([]) == INTEGER_OPS
+    calls = sites.calls(tiny_task("residual_cnn").model, tiny_task("residual_cnn").example)
+    assert set(placement(calls, (), both)) < set(placement(calls))

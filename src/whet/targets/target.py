@@ -19,9 +19,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from whet.errors import TargetFailed
+from whet.targets.processor import Processor
 
 if TYPE_CHECKING:
     from whet.targets.onnxgraph import OnnxGraph
+
+INTEGER_OPS = frozenset(
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "linear",
+        "add",
+        "cat",
+        "avg_pool2d",
+        "adaptive_avg_pool2d",
+        "max_pool2d",
+    ]
+)
 
 
 class Session(Protocol):
@@ -45,6 +60,8 @@ class Target(ABC):
         extra: the extra of whet that installs it.
         precisions: what the float network can run in here, the reference first.
         facts: what this runtime speeds up, as data for people and for the search.
+        integer_ops: torch calls that it computes on integers, so that what they read deserves a
+            grid: activations u8 per tensor, weights s8 and symmetric per output channel.
         rules: rewrites of the graph into what it runs faster, after those that hold for every
             runtime (`integers`).
     """
@@ -54,6 +71,7 @@ class Target(ABC):
     extra: ClassVar[str]
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     facts: ClassVar[Mapping[str, str]] = {}
+    integer_ops: ClassVar[frozenset[str]] = INTEGER_OPS
     rules: ClassVar[Sequence[Callable[[OnnxGraph], None]]] = ()
 
     @abstractmethod
@@ -63,6 +81,10 @@ class Target(ABC):
     @abstractmethod
     def integer_layers(self, kernels: Mapping[str, int]) -> int:
         """How many convolutions and matrix products of `kernels` run on integers."""
+
+    def weight_bits(self, processor: Processor) -> int:
+        """Bits of a weight whose products with 8-bit activations are summed exactly there."""
+        return 7 if processor.saturates else 8
 
     def job(self, do: str, arrays: Sequence[np.ndarray] = (), **what: Any) -> Result:
         """Run one job in a subprocess.

@@ -1,12 +1,15 @@
 """StaticInt8: weights and activations on 8-bit grids whose ranges are fixed beforehand.
 
     weights      q = clamp(round(w / S_c), -127, 127),       S_c = max|w_c| / 127, per channel
+                 -63 .. 63 where the processor would overflow
     activations  q = clamp(round(x / S) + Z, 0, 255),        S = (max - min) / 255, per tensor
 
 Paper: Jacob et al. 2017, Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference; ranges after Krishnamoorthi 2018.
 Helps when: the network is convolutional and the processor has int8 dot products (VNNI, AMX,
     NEON dot): a quarter of the bytes, and two to four times the speed of float32.
+    x86 processors without VNNI add two products of bytes in 16 bits: weights of 8 bits overflow
+    there (0.3 to 0.7 points of a CIFAR ResNet), so that they get 7 where such a one is at work.
 Hurts when: activations have rare huge values (transformers), or channel ranges differ a hundred
     times (some MobileNets). On AMX processors bf16 can be as fast for small networks.
 Needs: calibration or training data (labels unused). BatchNorms that can be folded are folded.
@@ -16,6 +19,7 @@ Costs: two passes over `examples` calibration examples.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -27,11 +31,11 @@ from whet.errors import Refused
 from whet.graph import folding, sites, statistics, surgery
 from whet.graph.ledger import Grid
 from whet.rungs.layers import Skip, skipped, weights
+from whet.targets.processor import here
+from whet.targets.target import INTEGER_OPS, Target
 from whet.technique import Need, Technique, Work
 
 MATMULS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
-# operations that the runtimes run on integers, so that their inputs deserve a grid
-INTEGER = MATMULS | frozenset(["add", "cat", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"])
 # operations that only move values: what is on the grid stays on it
 MOVES = frozenset(
     [
@@ -70,8 +74,9 @@ class StaticInt8(Technique):
         Literal["minmax", "mse"], Field(description="how weight ranges are set")
     ] = "minmax"
     weight_bits: Annotated[
-        int, Field(ge=2, le=8, description="7 where the processor has no VNNI and would saturate")
-    ] = 8
+        Annotated[int, Field(ge=2, le=8)] | None,
+        Field(description="by default 8, or 7 where this processor's sums would overflow"),
+    ] = None
     activation_bits: Annotated[
         int,
         Field(
@@ -97,16 +102,34 @@ class StaticInt8(Technique):
         if folded:
             work.notes.append(f"folded {len(folded)} BatchNorms first.")
         layers = list(weights(work.model, self.skip))
+        most = self._most_bits(work)
+        few = self.weight_bits or most
         for path, module in layers:
-            bits = 8 if skipped(path, self.eight) else self.weight_bits
+            bits = most if skipped(path, self.eight) else few
             packed.rewrite(module, "weight", lambda w, bits=bits: self.pack(w, bits))
         calls = sites.calls(work.model, work.task.example)
-        plan = placement(calls, self.skip)
+        plan = placement(calls, self.skip, integer_ops(work.targets))
         surgery.set_grids(work.model, self._grids(work, plan, wide(calls, plan, self.eight)))
         work.notes.append(
-            f"{len(layers)} layers on grids of {self.weight_bits} bits and {len(plan)} activations "
+            f"{len(layers)} layers on grids of {few} bits and {len(plan)} activations "
             f"on grids of {self.activation_bits}."
         )
+
+    def _most_bits(self, work: Work) -> int:
+        """Bits of weights that every target sums exactly on this processor."""
+        processor = here()
+        most = min((t.weight_bits(processor) for t in work.targets), default=8)
+        if most < 8 and self.weight_bits is None:
+            work.notes.append(
+                f"weights get {most} bits: {processor.name} adds products of bytes in pairs, and "
+                "with 8 bits the sums would overflow."
+            )
+        elif most < (self.weight_bits or 0):
+            work.notes.append(
+                f"weights of {self.weight_bits} bits overflow on {processor.name} where "
+                f"activations are large; {most} bits do not."
+            )
+        return most
 
     def pack(self, weight: Tensor, bits: int) -> packed.Affine:
         """The form of a weight [out, ...], one scale an output."""
@@ -140,7 +163,14 @@ class StaticInt8(Technique):
         return Grid(*numerics.affine_scale(low, high, bits), 0, 2**bits - 1)
 
 
-def placement(calls: list[sites.Call], skip: tuple[str, ...] = ()) -> dict[str, str]:
+def integer_ops(targets: Sequence[Target]) -> frozenset[str]:
+    """The calls that all of the targets compute on integers."""
+    return frozenset.intersection(*(t.integer_ops for t in targets)) if targets else INTEGER_OPS
+
+
+def placement(
+    calls: list[sites.Call], skip: tuple[str, ...] = (), integer: frozenset[str] = INTEGER_OPS
+) -> dict[str, str]:
     """Which sites get a grid, and the site whose values its range is taken from.
 
     A value gets a grid when an integer operation reads it, itself or through operations that
@@ -156,7 +186,7 @@ def placement(calls: list[sites.Call], skip: tuple[str, ...] = ()) -> dict[str, 
     for call in calls:
         if call.dtype is None or not call.dtype.is_floating_point:
             continue
-        if times[call.site] != 1 or not _read_by_integers(call, readers, skip):
+        if times[call.site] != 1 or not _read_by_integers(call, readers, skip, integer):
             continue
         moved_from = call.sources[0] if call.op in MOVES and call.sources else None
         if moved_from is None:
@@ -173,11 +203,14 @@ def wide(calls: list[sites.Call], plan: dict[str, str], eight: tuple[str, ...]) 
 
 
 def _read_by_integers(
-    call: sites.Call, readers: dict[str, list[sites.Call]], skip: tuple[str, ...]
+    call: sites.Call,
+    readers: dict[str, list[sites.Call]],
+    skip: tuple[str, ...],
+    integer: frozenset[str],
 ) -> bool:
     for reader in readers.get(call.site, []):
-        if reader.op in INTEGER and not skipped(reader.path, skip):
+        if reader.op in integer and not skipped(reader.path, skip):
             return True
-        if reader.op in MOVES and _read_by_integers(reader, readers, skip):
+        if reader.op in MOVES and _read_by_integers(reader, readers, skip, integer):
             return True
     return False
