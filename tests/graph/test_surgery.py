@@ -304,3 +304,37 @@ def test_forms_are_not_weights_that_are_computed():
     packed.rewrite(model[0], "weight", packed.Dense)
     assert surgery.plain_weights(model) == []
     assert packed.form_of(model[0]) is not None
+
+
+def test_many_edits_search_the_network_once(monkeypatch):
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)])
+    searches, search = [], nn.Module.named_modules
+
+    def counted(self, *args, **kwargs):
+        searches.append(self is model)
+        return search(self, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "named_modules", counted)
+    for k in range(20):
+        surgery.take(model, f"{k}.weight", 0, [0, 2])
+        surgery.replace(model, f"{k}", nn.Linear(4, 2))
+    assert sum(searches) == 1
+
+
+def test_what_is_shared_is_looked_for_anew_where_modules_with_children_change():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    surgery.take(model, "0.weight", 0, [0, 1])  # the search is remembered
+    surgery.replace(model, "1", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+    model[1][1].weight = model[1][0].weight
+    surgery.take(model, "1.0.weight", 0, [3])
+    assert model[1][1].weight is model[1][0].weight
+    assert (model[1][0].out_features, model[1][1].out_features) == (1, 1)
+
+
+def test_a_shared_module_is_replaced_everywhere_and_stays_shared():
+    one = nn.Linear(4, 4)
+    model = nn.Sequential(one, nn.ReLU(), one)
+    surgery.replace(model, "2", nn.Linear(4, 4))
+    assert model[0] is model[2] is not one
+    surgery.take(model, "0.weight", 0, [1, 2])
+    assert model[2].out_features == 2

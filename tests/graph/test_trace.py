@@ -1,12 +1,17 @@
 """The trace knows every weight by name, and counts of work equal the closed formulas."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.fx import Node
+from torch.utils import _pytree as pytree
 
 from whet import packed
 from whet.errors import BadInput
-from whet.graph import trace
+from whet.graph import recorder, sites, trace
 from whet.testing import NETWORKS
 
 
@@ -143,3 +148,90 @@ def test_macs_of_recurrent_layers_and_attention():
 
     q, k, v = torch.rand(2, 4, 7, 8), torch.rand(2, 4, 9, 8), torch.rand(2, 4, 9, 5)
     assert trace.macs(Attention(), (q, k, v))[""] == 2 * 4 * 7 * 9 * (8 + 5)
+
+
+def calls_of(traced):
+    """The calls of a trace with names of nodes left out: what, on what, shape, module, site."""
+    names, rows = {}, []
+    for node in traced.nodes:
+        if node.op == "placeholder":
+            own = list(traced.inputs).index(node.name) if node.name in traced.inputs else None
+            names[node] = traced.tensors.get(node.name, own)
+            continue
+        names[node] = len(rows)
+        given = pytree.tree_map_only(Node, names.get, (node.args, dict(node.kwargs)))
+        shape = pytree.tree_map_only(torch.Tensor, lambda t: t.shape, node.meta.get("val"))
+        stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+        site = (node.meta.get("custom") or {}).get("site")
+        rows.append((str(node.target), given, shape, stack, site))
+    return rows
+
+
+class Habits(nn.Module):
+    """Writes in place, draws at random, splits, returns a dict, calls a module twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+        self.b.weight = nn.Parameter(self.a.weight[:3].detach().clone())
+        self.c = nn.Linear(6, 6)
+        self.c.weight = self.a.weight
+
+    def forward(self, x, extra):
+        x = F.relu_(self.a(x) + extra["bias"])
+        x += torch.zeros(6)
+        left, right = self.c(self.a(x)).chunk(2, dim=-1)
+        return {"y": self.b(torch.cat([right, left], -1)), "noise": torch.randn(2, 3)}
+
+
+HABITS = (torch.randn(2, 6), {"bias": torch.randn(6)})
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "habits"])
+def test_a_recording_is_what_export_gives(name):
+    model, example = (Habits().eval(), HABITS) if name == "habits" else NETWORKS[name]()
+    twin, _ = trace.baked(model)
+    sites.activate(twin)
+    recorder.record(twin, example)  # does not fall back
+    quick, thorough = trace.trace(model, example), trace.exported(twin, example)
+    assert calls_of(quick) == calls_of(thorough)
+    assert set(quick.tensors.values()) == set(thorough.tensors.values())
+    assert len(quick.inputs) == len(thorough.inputs)
+
+
+class FromNowhere(nn.Module):
+    def forward(self, x):
+        return x * torch.tensor([2.0])
+
+
+def test_what_a_recording_cannot_hold_is_exported():
+    model, x = FromNowhere(), torch.randn(1)
+    with pytest.raises(recorder.Unrecorded, match="a tensor comes from nowhere"):
+        recorder.record(model, (x,))
+    assert "aten.mul.Tensor" in [str(node.target) for node in trace.trace(model, (x,)).nodes]
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_branch_on_values_is_refused_not_followed():
+    with pytest.raises(recorder.Unrecorded, match="gives something else than tensors"):
+        recorder.record(Branches(), (torch.ones(2),))
+    with pytest.raises(BadInput, match="trace Branches with torch.export"):
+        trace.trace(Branches(), (torch.ones(2),))
+
+
+def test_recording_leaves_the_random_state_and_no_hooks():
+    hooks = (
+        torch.nn.modules.module._global_forward_hooks,
+        torch.nn.modules.module._global_forward_pre_hooks,
+    )
+    given = [(Habits().eval(), HABITS), (Branches(), (torch.ones(2),))]
+    before, state = [len(h) for h in hooks], torch.get_rng_state()
+    for model, x in given:
+        with contextlib.suppress(recorder.Unrecorded):
+            recorder.record(model, x)
+    assert [len(h) for h in hooks] == before
+    assert torch.equal(torch.get_rng_state(), state)

@@ -69,15 +69,20 @@ class Edit:
 
 @dataclass
 class Ledger:
-    """The edits, activation grids by call site, and corrected call arguments by call site."""
+    """The edits, activation grids by call site, and corrected call arguments by call site.
+
+    `shared` remembers what stands in the network under several names, so that an edit need not
+    look for it everywhere; None where it is not known.
+    """
 
     edits: list[Edit] = field(default_factory=list)
     grids: dict[str, Grid] = field(default_factory=dict)
     constants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    shared: dict[str, list[str]] | None = field(default=None, compare=False)
 
     def spec(self) -> dict[str, Any]:
         """The ledger as JSON."""
-        return asdict(self)
+        return {name: each for name, each in asdict(self).items() if name != "shared"}
 
 
 def ledger(model: nn.Module) -> Ledger:

@@ -76,16 +76,38 @@ def take(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
         new = old.detach().index_select(dim, index)
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
-        _put_tensor(model, old, new)
+        _put_tensor(model, name, new)
     ledger(model).edits.append(Edit("take", name, {"dim": dim, "keep": list(keep)}))
 
 
-def _put_tensor(model: nn.Module, old: Tensor, new: Tensor) -> None:
-    """Put `new` wherever `old` is: tied weights stay tied."""
-    for module in model.modules():
+def _names(model: nn.Module, name: str) -> list[str]:
+    """Every name of the tensor or module called `name`.
+
+    The network is searched once, not for each edit: their cost has to grow with the layers.
+    """
+    book = ledger(model)
+    if book.shared is None:
+        found: dict[int, list[str]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            found.setdefault(id(module), []).append(path)
+            for own in (module._parameters, module._buffers):
+                for leaf, tensor in own.items():
+                    if tensor is not None:
+                        full = f"{path}.{leaf}" if path else leaf
+                        found.setdefault(id(tensor), []).append(full)
+        book.shared = {each: names for names in found.values() if len(names) > 1 for each in names}
+    return book.shared.get(name, [name])
+
+
+def _put_tensor(model: nn.Module, name: str, new: Tensor) -> None:
+    """Put `new` wherever the tensor `name` is: tied weights stay tied."""
+    old = tensor_of(model, name)
+    for each in _names(model, name):
+        path, leaf = split_name(each)
+        module = model.get_submodule(path)
         for own in (module._parameters, module._buffers):
-            for name in [n for n, t in own.items() if t is old]:
-                own[name] = new  # type: ignore[assignment]
+            if own.get(leaf) is old:
+                own[leaf] = new  # type: ignore[assignment]
                 _correct_sizes(module)
 
 
@@ -216,9 +238,12 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
             "Wrap it: torch.nn.Sequential(network).",
         )
     module.train(old.training)
-    for parent in list(model.modules()):
-        for name in [n for n, child in parent._modules.items() if child is old]:
-            parent._modules[name] = module
+    names = _names(model, path)
+    for each in names:
+        parent, leaf = split_name(each)
+        model.get_submodule(parent)._modules[leaf] = module
+    if len(names) > 1 or any(True for _ in module.children()):
+        ledger(model).shared = None
     ledger(model).edits.append(Edit("replace", path, spec))
 
 

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from whet import packed
 from whet.errors import BadInput
 from whet.graph import sites
+from whet.graph.recorder import record
 
 
 def baked(model: nn.Module) -> tuple[nn.Module, dict[str, packed.Packed]]:
@@ -55,16 +56,16 @@ def module_path(node: Node) -> str:
 
 @dataclass(frozen=True)
 class Trace:
-    """An exported program with its parameters by name.
+    """A network's graph with its parameters by name.
 
     Args:
-        program: what torch.export gave.
+        nodes: the calls and placeholders in order, as torch.export gives them.
         tensors: parameter or buffer name of each placeholder node that stands for one.
         inputs: the placeholder nodes that are the network's own inputs.
         calls: what the network's code called, by site.
     """
 
-    program: ExportedProgram
+    nodes: list[Node]
     tensors: dict[str, str]
     inputs: tuple[str, ...]
     calls: dict[str, sites.Recorded]
@@ -73,21 +74,30 @@ class Trace:
         """The call in the network's code that made `node`, if it can be corrected there."""
         return self.calls.get((node.meta.get("custom") or {}).get("site", ""))
 
-    @property
-    def nodes(self) -> list[Node]:
-        """The calls and placeholders in order."""
-        return list(self.program.graph.nodes)
-
 
 def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
-    """Trace `model` as it would be deployed (forms as plain weights, eval mode)."""
+    """Trace `model` as it would be deployed (forms as plain weights, eval mode).
+
+    Raises:
+        BadInput: the network's Python cannot be traced, with torch's own reason.
+    """
     twin, _ = baked(model)
     sites.activate(twin)
+    try:
+        with sites.recorded() as calls:
+            found = record(twin, example)
+    except Exception:  # whatever it was, torch.export follows it or says why not
+        return exported(twin, example)
+    return Trace(list(found.graph.nodes), found.tensors, tuple(found.inputs), calls)
+
+
+def exported(model: nn.Module, example: tuple[Any, ...]) -> Trace:
+    """The same by `torch.export`, of a network without forms."""
     with sites.recorded() as calls:
-        program = export(twin, example)
+        program = export(model, example)
     signature = program.graph_signature
     tensors = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    return Trace(program, tensors, tuple(signature.user_inputs), calls)  # type: ignore[arg-type]
+    return Trace(list(program.graph.nodes), tensors, tuple(signature.user_inputs), calls)  # type: ignore[arg-type]
 
 
 def macs(model: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:
