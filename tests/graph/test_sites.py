@@ -4,6 +4,7 @@ import copy
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch.overrides import _len_torch_function_stack
 
 from whet import packed
 from whet.graph import sites, surgery
+from whet.graph.channels import cut, find_groups
 from whet.graph.ledger import Grid, ledger
 from whet.graph.trace import baked, export
 from whet.testing import NETWORKS
@@ -440,3 +442,52 @@ def test_keywords_reach_the_network():
     surgery.set_grids(model, {"first.1/linear:0": COARSE})
     x = torch.rand(2, 3)
     assert torch.equal(model(x=x), model(x, bad=False))
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new", "may"),
+    [
+        ("1", 8, 4, True),
+        ("1", 8, 9, False),
+        ("1", 8, -1, False),
+        ("1", 4, [2, 2, 1], True),  # the size of all pieces becomes that of each
+        ("1", 4, [2, 5], False),
+        ("1", [4, 8], [4, 6], True),
+        ("1", [4, 8], [4, 6, 2], False),
+        ("1", [4, 8], 4, False),
+        ("shape.2", -1, -1, True),
+        ("1", 8, True, False),
+        ("1", 8, 4.0, False),
+        ("__class__", 8, 4, False),
+        (1, 8, 4, False),
+    ],
+)
+def test_what_a_cut_can_have_made_of_a_constant(key, old, new, may):
+    assert sites.is_correction(key, old, new) is may
+
+
+class Pieces(nn.Module):
+    """Splits its channels into pieces of one size, as Res2Net does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        a, b, c = torch.split(self.first(x), 4, dim=1)
+        return self.last(torch.cat([a + b, c], 1))
+
+
+def test_a_split_that_lost_channels_replays():
+    torch.manual_seed(0)
+    model, x = Pieces().eval(), torch.randn(2, 3, 5, 5)
+    small = copy.deepcopy(model)
+    group = next(g for g in find_groups(small, (x,)) if not g.fixed)
+    cut(small, group, np.arange(group.units) % 3 > 0)
+    fresh = Pieces().eval()
+    surgery.replay(fresh, ledger(small).spec())
+    fresh.load_state_dict(small.state_dict())
+    assert torch.equal(fresh(x), small(x))
+    assert any(
+        isinstance(new, list) for c in ledger(small).constants.values() for _, new in c.values()
+    )
