@@ -7,9 +7,10 @@ import torch
 from pydantic import ValidationError
 
 from whet import packed
+from whet.rungs.admm import dual_step, pull
 from whet.rungs.layers import weights
 from whet.technique import Need, Work
-from whet.techniques.prune.admmprune import AdmmPrune, dual_step, pull
+from whet.techniques.prune.admmprune import AdmmPrune
 from whet.techniques.prune.nm import NM
 from whet.testing import NETWORKS, tiny_task
 

@@ -45,10 +45,28 @@ class TableTechnique(LayerTechnique):
     def install(
         self, work: Work, tell: Callable[[int, int], None] = lambda done, of: None
     ) -> Tables:
-        """Put a table on every layer; they are returned by path.
+        """Put a table on every layer that gets smaller; they are returned by path.
 
         Raises:
             Refused: no layer would get smaller.
+        """
+        made: Tables = {}
+        for path, (codes, table) in self.tables(work, tell).items():
+
+            def pack(w: Tensor, path: str = path, c: Tensor = codes, t: Tensor = table) -> Any:
+                made[path] = packed.Lookup(packed.Dense(w), c, t)
+                return made[path]
+
+            packed.rewrite(work.model.get_submodule(path), "weight", pack)
+        return made
+
+    def tables(
+        self, work: Work, tell: Callable[[int, int], None] = lambda done, of: None
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Codes and table of every layer that they make smaller, by path; the model stays.
+
+        Raises:
+            Refused: there is none.
         """
         layers, left = self.layers(work.model), []
         shared: dict[str, tuple[Tensor, Tensor]] = {}
@@ -67,15 +85,7 @@ class TableTechnique(LayerTechnique):
             )
         if left:
             work.notes.append(f"left alone, as they would not get smaller: {left}.")
-        made: Tables = {}
-        for path, (codes, table) in shared.items():
-
-            def pack(w: Tensor, path: str = path, c: Tensor = codes, t: Tensor = table) -> Any:
-                made[path] = packed.Lookup(packed.Dense(w), c, t)
-                return made[path]
-
-            packed.rewrite(work.model.get_submodule(path), "weight", pack)
-        return made
+        return shared
 
 
 def rows_of(module: nn.Module) -> tuple[Tensor, Tensor]:
