@@ -10,6 +10,7 @@ from torch import nn
 from whet import packed
 from whet.graph.ledger import Grid, ledger
 from whet.rungs.rounding import affine
+from whet.rungs.trainedgrids import FixedGrid
 from whet.technique import Work
 from whet.techniques.quantize import qat
 from whet.techniques.quantize.qat import LearnedGrid, Qat, shrunk
@@ -126,3 +127,51 @@ def test_a_learned_grid_is_a_module_so_that_the_best_one_is_kept():
     assert isinstance(grid, nn.Module) and list(grid.state_dict()) == ["scale"]
     grid.scale.data.fill_(0.25)
     assert grid.settled() == Grid(0.25, 1, 0, 15)
+
+
+@pytest.mark.parametrize("kind", [LearnedGrid, FixedGrid])
+@pytest.mark.parametrize(("zero", "high"), [(0, 15), (5, 15), (0, 255), (101, 255), (3, 3)])
+def test_training_rounds_to_the_bit_as_the_grid_that_stays(kind, zero, high):
+    for s in (0.25, 0.1, 0.0371):
+        grid = kind(Grid(s, zero, 0, high), 9)
+        halves = torch.arange(-2.0 * high, 2.0 * high) * s / 2  # where rounding is in doubt
+        x = torch.cat([halves, halves * 1.0000001, high * s * torch.randn(5000)])
+        assert torch.equal(grid(x), grid.settled()(x))
+        assert grid.settled().scale == pytest.approx(s)
+
+
+def test_memory_order_changes_nothing():
+    x, g = torch.randn(3, 4, 5, 6), torch.randn(3, 4, 5, 6)
+    grid = LearnedGrid(Grid(0.2, 3, 0, 15), 9)
+    row = x.flatten().requires_grad_(True)
+    grid(row).backward(g.flatten())
+    found = [(row.grad.reshape(x.shape), grid.scale.grad)]
+    for order in (torch.contiguous_format, torch.channels_last):
+        for other in (torch.contiguous_format, torch.channels_last):
+            grid = LearnedGrid(Grid(0.2, 3, 0, 15), 9)
+            into = x.clone(memory_format=order).requires_grad_(True)
+            grid(into).backward(g.clone(memory_format=other))
+            found.append((into.grad, grid.scale.grad))
+    for dx, ds in found[1:]:
+        assert torch.equal(dx, found[0][0])
+        torch.testing.assert_close(ds, found[0][1], rtol=1e-4, atol=1e-5)
+
+
+def test_code_that_changes_its_values_in_place_trains():
+    x = torch.randn(50)
+    grid = LearnedGrid(Grid(0.2, 0, 0, 15), 9)
+    wanted = LearnedGrid(Grid(0.2, 0, 0, 15), 9)
+    out = grid(x)
+    out += 1
+    (out * x).sum().backward()
+    (wanted(x) * x).sum().backward()
+    assert torch.equal(grid.scale.grad, wanted.scale.grad)
+
+
+def test_a_grid_that_stays_lets_gradients_through_inside_its_range():
+    grid = FixedGrid(Grid(0.2, 4, 0, 15), 9)
+    x, g = 2 * torch.randn(300), torch.randn(300)
+    x.requires_grad_(True)
+    (grid(x) * g).sum().backward()
+    assert torch.equal(x.grad, g * ((x > -0.8) & (x < 2.2)))
+    assert not list(grid.parameters())
