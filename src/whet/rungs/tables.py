@@ -14,6 +14,7 @@ from whet import packed
 from whet.errors import Refused
 from whet.graph import sites
 from whet.rungs.layers import LayerTechnique, weights
+from whet.rungs.rounding import RoundingTechnique
 from whet.rungs.training import TaughtTechnique
 from whet.technique import Work
 
@@ -105,7 +106,7 @@ def saves(module: nn.Module, codes: Tensor, table: Tensor) -> bool:
     return new < old
 
 
-def inner(technique: TableTechnique, work: Work) -> tuple[str, ...]:
+def inner(technique: TableTechnique | RoundingTechnique, work: Work) -> tuple[str, ...]:
     """`skip`, and the first and the last linear or convolutional layer that runs.
 
     Raises:
