@@ -3,8 +3,8 @@
     WHET_DATA=... python benchmarks/few_bits.py 20
     WHET_DATA=... python benchmarks/few_bits.py 56 --rows "W4 A8, BlockReconstruct" "W4 A4, Qat"
 
-512 calibration images, no training but for Qat and TrainedTernary, whose first and last layers keep
-8 bits or their floats. Test images are read once a row.
+512 calibration images, no training but for Qat, Pact, DoReFa and TrainedTernary, whose first and
+last layers keep 8 bits or their floats. Test images are read once a row.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ for bits in (4, 3, 2):
 ROWS |= {
     "W4 A4": grids(4, 4, ENDS),
     "W4 A4, Qat": [*grids(4, 4, ENDS), ("Qat", {"epochs": 2})],
+    "W4 A4, Pact": [*grids(4, 4, ENDS), ("Pact", {"epochs": 2})],
+    "W4 A4, DoReFa": [*grids(4, 4, ENDS), ("DoReFa", {"epochs": 2})],
     "Ternary": alone("Ternary", skip=ENDS),
     "TrainedTernary": alone("TrainedTernary", epochs=2),
 }
