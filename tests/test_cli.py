@@ -369,6 +369,7 @@ def test_verify(whole: Path, here: Path, run: Run):
     assert status == 0, err
     then = json.loads((here / "out" / "report.json").read_text())
     now = json.loads(out)["now"]
+    assert json.loads(out)["integer"] is None
     for side in ("original", "compressed"):
         assert now[side]["metric"]["value"] == then[side]["metric"]["value"]
         assert now[side]["bytes"] == then[side]["bytes"]
@@ -383,6 +384,22 @@ def test_verify(whole: Path, here: Path, run: Run):
     status, _, err = run("verify", "out", "--rounds", "5")
     assert status == 2
     assert "verify out: it has no model.onnx. Run whet compress again." in err
+
+
+def test_verify_on_integers(whole: Path, here: Path, run: Run):
+    shutil.copytree(whole / "out", here / "out")
+    status, out, err = run("verify", "out", "--rounds", "5", "--integer", "--json")
+    assert status == 0, err
+    found = json.loads(out)["integer"]
+    assert found["together"]["values"] == found["alone"]["values"] > 10_000
+    for tally in found.values():
+        assert tally["largest"] <= 1
+        assert tally["share"] == tally["equal"] / tally["values"] > 0.99
+    status, out, err = run("verify", "out", "--rounds", "5", "--integer")
+    assert status == 0, err
+    said = " ".join(out.split())
+    assert f"{found['alone']['values']:,} int8 codes on integers alone: " in said
+    assert f"each operation alone: {found['alone']['share']:.3%} equal, at most " in said
 
 
 def test_kill_and_resume_gives_the_same_bytes(both: tuple[Path, Path]):

@@ -384,6 +384,9 @@ def verify(
     ] = None,
     threads: Threads = 1,
     rounds: Annotated[int, typer.Option(min=5, help="Rounds of timing.")] = 40,
+    integer: Annotated[
+        bool, typer.Option("--integer", help="Compare int8 codes with integer-only inference.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Measure the artefact again in its runtime, beside the original.
@@ -399,7 +402,7 @@ def verify(
         )
     loaded = load_task(task or report["task"])
     loaded.check()
-    found = inspection.again(folder, report, loaded, threads, rounds)
+    found = inspection.again(folder, report, loaded, threads, rounds, integer)
     if as_json:
         print(json.dumps(found))
     else:
@@ -412,7 +415,16 @@ def verify(
                 f"{goal['name']} {goal['limit']}: {goal['value']}"
                 f" {'met' if goal['met'] else 'MISSED'}"
             )
+        if found["integer"] is not None:
+            out.print(_codes(found["integer"]))
     raise typer.Exit(0 if all(goal["met"] for goal in found["goals"]) else 1)
+
+
+def _codes(found: dict[str, Any]) -> str:
+    """How many int8 codes integer-only inference shares, in words."""
+    said = [f"{t['share']:.3%} equal, at most {t['largest']} apart" for t in found.values()]
+    values = found["together"]["values"]
+    return f"{values:,} int8 codes on integers alone: {said[0]}; each operation alone: {said[1]}"
 
 
 @app.command()

@@ -8,16 +8,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from whet import artifact, catalog
 from whet.errors import BadInput, Damaged
 from whet.graph import blocks, channels
-from whet.measure import cost, latency, quality
+from whet.measure import cost, int8_codes, latency, quality
 from whet.measure.goals import Goals
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
-from whet.task import Task, batch_size
+from whet.task import Task, as_arguments, batch_size, limited
+
+CODE_EXAMPLES = 64  # whose int8 codes are compared: integers are slow in numpy
 
 
 def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
@@ -50,13 +53,27 @@ def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
 
 
 def again(
-    folder: Path, report: dict[str, Any], task: Task, threads: int, rounds: int
+    folder: Path,
+    report: dict[str, Any],
+    task: Task,
+    threads: int,
+    rounds: int,
+    integer: bool = False,
 ) -> dict[str, Any]:
     """Measure an output folder anew: checksums, metric, latency, goals; as JSON.
+
+    Args:
+        folder: what compress wrote.
+        report: its report.
+        task: network and data.
+        threads: of the runtime.
+        rounds: of the timing.
+        integer: count how many int8 codes are those of integer-only inference.
 
     Raises:
         Damaged: model.whet or the deployable file was altered.
         BadInput: the deployable file is missing.
+        TargetFailed: something in the file does not run on integers.
     """
     artifact.load(folder / "model.whet")
     target, metric, example = catalog.target(report["target"]), task.measure, task.example
@@ -64,6 +81,7 @@ def again(
     if not file.exists():
         raise BadInput(f"verify {folder}", "it has no model.onnx", "Run whet compress again.")
     _same_bytes(file, report)
+    codes = _codes(target, file, task, threads) if integer else None
     _, batches = task.final()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="whet-") as scratch:
         model = copy.deepcopy(task.model).eval()
@@ -92,7 +110,16 @@ def again(
             pair = [_figure(source[name].get(key)) for source in (report, now)]
             words = tuple("not measured" if v is None else shown.format(v) for v in pair)
             figures[f"{name} {key.removesuffix('_ms')}"] = words
-    return {"figures": figures, "ratio": ratio, "goals": goals, "now": now}
+    return {"figures": figures, "ratio": ratio, "goals": goals, "now": now, "integer": codes}
+
+
+def _codes(target: Target, file: Path, task: Task, threads: int) -> dict[str, Any]:
+    """How many of the runtime's int8 codes integer-only inference shares, on real examples."""
+    splits = (task.validation, task.test, task.statistics(), [(task.example, None)])
+    batches = next(split for split in splits if split is not None)
+    columns = [as_arrays(as_arguments(x)) for x, _ in limited(batches, CODE_EXAMPLES)]
+    arrays = [np.concatenate(column) for column in zip(*columns, strict=True)]
+    return int8_codes.check(target, file, arrays, batch_size(task.example), threads).numbers()
 
 
 def _same_bytes(file: Path, report: dict[str, Any]) -> None:

@@ -7,21 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from whet import catalog
 from whet.errors import TargetFailed
-from whet.graph.trace import baked, export
-from whet.measure.int8_codes import Agreement, check, revealed
+from whet.measure.int8_codes import Agreement, check, exact, revealed, torch_codes
 from whet.optional import installed
 from whet.targets import integer_kernels as kernels
 from whet.targets.integer_only import IntegerNetwork
 from whet.targets.onnxfile import Deployable
-from whet.targets.onnxgraph import OnnxGraph
 from whet.targets.target import Target
 from whet.task import Task
 from whet.technique import Work
@@ -112,24 +112,11 @@ def test_windows_at_the_border():
 # -- against PyTorch ------------------------------------------------------------------------------
 
 
-def torch_codes(net: Deployable, x: torch.Tensor) -> dict[str, np.ndarray]:
-    """The codes that PyTorch's own grids give, by the file's name of each quantized value."""
-    graph, values, found = OnnxGraph(net.proto), net.values((x,)), {}
-    for call, name in net.layers:
-        back = graph.maker(name, "DequantizeLinear")
-        if back is not None and call.startswith("fake_quantize"):
-            scale, zero = (float(graph.arrays[each]) for each in back.input[1:])
-            codes = values[call].double().numpy() / scale + zero
-            assert np.abs(codes - np.rint(codes)).max() < 1e-3
-            found[back.input[0]] = np.rint(codes).astype(np.uint8)
-    return found
-
-
-def agreement(net: Deployable, doubled: bool = False) -> Agreement:
+def agreement(net: Deployable) -> Agreement:
     network, found = IntegerNetwork(net.proto), Agreement()
     for seed in range(4):
         x = images(seed)
-        codes = torch_codes(net, x.double() if doubled else x)
+        codes = torch_codes(net, (x.to(net.example[0].dtype),))
         assert len(codes) >= 5
         found.add(network, [x.numpy()], codes)
     return found
@@ -143,32 +130,11 @@ def test_each_operation_rounds_as_the_fake_quantized_network(files: Files, name:
     assert alone.share > 0.999
 
 
-def with_integer_biases(model: nn.Module, net: Deployable) -> nn.Module:
-    """The network in float64 with its biases where integers have them, on the scale S_x S_w."""
-    graph, twin = OnnxGraph(net.proto), copy.deepcopy(model)
-    for node in graph.of_kind("Conv", "MatMul"):
-        data, weight = (graph.maker(each, "DequantizeLinear") for each in node.input[:2])
-        assert data is not None
-        assert weight is not None
-        bias = twin.get_submodule(node.name).bias
-        if isinstance(bias, torch.Tensor):
-            step = torch.from_numpy(
-                graph.arrays[data.input[1]].astype(np.float64)
-                * graph.arrays[weight.input[1]].astype(np.float64)
-            )
-            with torch.no_grad():
-                twin.get_submodule(node.name).double()
-                twin.get_submodule(node.name).bias.copy_((bias.double() / step).round() * step)
-    return twin.double()
-
-
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_whole_network_is_the_fake_quantized_one(files: Files, name: str):
     """In float64, so that floats do not round on their own, and with the biases of the integers."""
     model, net = files[name]
-    exact = copy.copy(net)
-    exact.program = export(baked(with_integer_biases(model, net))[0], (images(0).double(),))
-    together = agreement(exact, doubled=True).together
+    together = agreement(exact(net, model)).together
     assert together.values > 100_000
     assert together.largest <= 1
     assert together.share > 0.99
@@ -377,3 +343,71 @@ def test_float_files_are_refused():
     net = Deployable(task.model, task.example, catalog.targets()["onnxruntime"])
     with pytest.raises(TargetFailed, match="run the file on integers: "):
         IntegerNetwork(net.proto)
+
+
+def handmade(nodes: list[Any], constants: dict[str, Any], inputs: int) -> onnx.ModelProto:
+    """A file from x [1, inputs] to y."""
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+        for name, shape in (("x", [1, inputs]), ("y", None))
+    ]
+    initial = [numpy_helper.from_array(np.asarray(v), k) for k, v in constants.items()]
+    made = [helper.make_node(kind, reads, [name], **more) for kind, reads, name, more in nodes]
+    graph = helper.make_graph(made, "by hand", ends[:1], ends[1:], initial)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_accumulators_that_need_more_than_32_bits_are_refused():
+    """255 x 127 x n passes 2^31 behind n = 66,312 inputs."""
+    nodes = [
+        ("QuantizeLinear", ["x", "one", "zero"], "codes", {}),
+        ("DequantizeLinear", ["codes", "one", "zero"], "data", {}),
+        ("DequantizeLinear", ["weight", "one"], "matrix", {}),
+        ("MatMul", ["data", "matrix"], "sum", {}),
+        ("QuantizeLinear", ["sum", "coarse", "zero"], "result", {}),
+        ("DequantizeLinear", ["result", "coarse", "zero"], "y", {}),
+    ]
+    constants = {"one": np.float32(1), "coarse": np.float32(2**24), "zero": np.uint8(0)}
+    for inputs, fits in ((66_000, True), (66_313, False)):
+        weight = np.full((inputs, 1), 127, np.int8)
+        proto = handmade(nodes, constants | {"weight": weight}, inputs)
+        if fits:
+            found = IntegerNetwork(proto).run([np.full((1, inputs), 255, np.float32)])[0]
+            assert found.tolist() == [[2**24 * round(255 * 127 * inputs / 2**24)]]
+        else:
+            with pytest.raises(TargetFailed, match="MatMul sum: its accumulators need more than"):
+                IntegerNetwork(proto)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ends", "low", "high"),
+    [("Relu", [], 0, 127), ("Clip", ["a", "b"], -20, 30), ("Clip", ["", "b"], -128, 30)],
+)
+def test_clamps_around_a_zero_point(kind: str, ends: list[str], low: int, high: int):
+    nodes = [
+        ("QuantizeLinear", ["x", "one", "zero"], "codes", {}),
+        ("DequantizeLinear", ["codes", "one", "zero"], "data", {}),
+        (kind, ["data", *ends], "clamped", {}),
+        ("QuantizeLinear", ["clamped", "one", "zero"], "result", {}),
+        ("DequantizeLinear", ["result", "one", "zero"], "y", {}),
+    ]
+    numbers = {"one": 1, "a": -20, "b": 30}
+    constants: dict[str, Any] = {k: np.float32(v) for k, v in numbers.items()}
+    x = np.arange(-128, 128, dtype=np.float32)[None]
+    proto = handmade(nodes, constants | {"zero": np.uint8(128)}, x.size)
+    assert np.array_equal(IntegerNetwork(proto).run([x])[0], np.clip(x, low, high))
+
+
+def test_signed_codes_and_subtraction():
+    """y = x - 2 x of signed bytes."""
+    nodes = [
+        ("QuantizeLinear", ["x", "one", "zero"], "codes", {}),
+        ("DequantizeLinear", ["codes", "one", "zero"], "data", {}),
+        ("DequantizeLinear", ["codes", "two", "zero"], "twice", {}),
+        ("Sub", ["data", "twice"], "y", {}),
+    ]
+    constants = {"one": np.float32(1), "two": np.float32(2), "zero": np.int8(-5)}
+    x = np.arange(-100, 120, dtype=np.float32)[None]
+    network = IntegerNetwork(handmade(nodes, constants, x.size))
+    assert network.enter([x])[network.codes["codes"]].dtype == np.int8
+    assert np.abs(network.run([x])[0] + x).max() <= 1  # half a step of the coarser scale
