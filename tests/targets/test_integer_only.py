@@ -157,6 +157,18 @@ def test_logits_are_integers_of_one_scale(files: Files, name: str):
     assert np.array_equal(logits.argmax(1)[sure], want.argmax(1)[sure])
 
 
+def test_an_output_without_weights_costs_the_others_nothing():
+    task = tiny_task("flatten_cnn")
+    with torch.no_grad():
+        task.model.get_submodule("9").weight[0] = 0
+    model, net = lowered(task, catalog.targets()["onnxruntime"])
+    network, x = IntegerNetwork(net.proto), images(7)
+    with torch.no_grad():
+        want = model(x).numpy()
+    assert network.exits[0].grid.scale < 1e-3 * np.abs(want).max()
+    assert np.abs(network.run([x.numpy()])[0] - want).max() < 0.02 * np.abs(want).max()
+
+
 # -- against the runtimes --------------------------------------------------------------------------
 
 

@@ -123,11 +123,7 @@ class Lowering:
             if node.op_type == "QuantizeLinear":
                 self.codes[name] = self.on_grid(node.input[0], self.grid(node))
             elif node.op_type in MOVES:
-                fill = self.graph.arrays.get(node.input[2]) if node.op_type == "Pad" else None
-                kernel, constants = MOVES[node.op_type](self, node)
-                if fill is not None:
-                    constants |= {"fill": int(fill.item())}
-                self.codes[name] = self.do(kernel, self.stored(node.input[0]), **constants)
+                self.codes[name] = self.moved(node, self.stored(node.input[0]), None)
             else:
                 refuse(node, "it computes on codes")
         return self.codes[name]
@@ -148,13 +144,19 @@ class Lowering:
         if node.op_type == "DequantizeLinear" and self.grid(node) == grid:
             return self.stored(node.input[0])
         if node.op_type in MOVES:
-            kernel, constants = MOVES[node.op_type](self, node)
-            if node.op_type == "Pad":
-                constants |= {"fill": code(self._pad_value(node), grid)}
-            return self.do(kernel, self.on_grid(node.input[0], grid), **constants)
+            return self.moved(node, self.on_grid(node.input[0], grid), grid)
         if node.op_type in ORDERED:
             return ORDERED[node.op_type](self, node, grid)
         return self._requantized(node, self.sum_of(name), grid)
+
+    def moved(self, node: NodeProto, source: str, grid: Grid | None) -> str:
+        """A move of codes; their grid where the file moves what they stand for."""
+        kernel, constants = MOVES[node.op_type](self, node)
+        if node.op_type == "Pad":
+            found = self.fixed(node, 2)
+            real = 0 if found is None else found.item()
+            constants |= {"fill": int(real) if grid is None else code(real, grid)}
+        return self.do(kernel, source, **constants)
 
     def _requantized(self, node: NodeProto, what: Sum, grid: Grid) -> str:
         real = [term.scale / grid.scale for term in what.terms]
@@ -211,11 +213,14 @@ class Lowering:
         codes = self.graph.arrays.get(back.input[0]) if back is not None else None
         if back is None or codes is None or codes.dtype != np.int8:
             refuse(node, "its weight is not stored as int8")
-        scale = self.graph.arrays[back.input[1]].astype(np.float64)
+        scale = self.graph.arrays[back.input[1]].astype(np.float64).reshape(-1)
         zero = self.graph.arrays[back.input[2]] if len(back.input) > 2 else np.zeros(())
         if zero.any() or (scale.size > 1 and facts(back).get("axis", 1) % codes.ndim != axis):
             refuse(node, "its weight has a zero point, or scales that are not one an output")
-        return codes, scale.reshape(-1)
+        used = codes.any(axis=tuple(a for a in range(codes.ndim) if a != axis))
+        if scale.size > 1 and used.any():  # an output without weights is on no scale of its own
+            scale = np.where(used, scale, scale[used].min())
+        return codes, scale
 
     def constant(self, name: str) -> np.ndarray | None:
         """A constant of the file as floats; None where it is none."""
@@ -227,6 +232,20 @@ class Lowering:
         if codes is None or codes.ndim > 1 or len(back.input) > 2:
             return None
         return codes * self.graph.arrays[back.input[1]].astype(np.float64)
+
+    def bias(self, node: NodeProto) -> np.ndarray | None:
+        """The third input of a layer."""
+        found = self.constant(node.input[2]) if len(node.input) > 2 else None
+        if len(node.input) > 2 and found is None:
+            refuse(node, "its bias is no constant")
+        return found
+
+    def fixed(self, node: NodeProto, position: int) -> np.ndarray | None:
+        """A constant input that may be left out."""
+        name = node.input[position] if len(node.input) > position else ""
+        if name and name not in self.graph.arrays:
+            refuse(node, f"its input {position} is no constant")
+        return self.graph.arrays[name] if name else None
 
     def biased(self, node: NodeProto, acc: Term, bias: np.ndarray) -> Sum:
         """Accumulators with a bias: int32 codes on their own scale, S_x S_w."""
@@ -248,10 +267,6 @@ class Lowering:
             several = node.input if node.op_type == "Concat" else node.input[:1]
             return max(self._coarsest(each) for each in several)
         return float(max(np.abs(term.scale).max() for term in self.sum_of(name).terms))
-
-    def _pad_value(self, node: NodeProto) -> float:
-        name = node.input[2] if len(node.input) > 2 else ""
-        return float(self.graph.arrays[name].item()) if name else 0.0
 
 
 def refuse(node: NodeProto, why: str) -> NoReturn:
@@ -298,11 +313,8 @@ def _conv(low: Lowering, node: NodeProto) -> Sum:
     groups = facts(node).get("group", 1)
     value = low.do(kernels.convolved, data.value, weight=weight, groups=groups, **window)
     bound = np.abs(weight.astype(np.int64)).reshape(len(weight), -1).sum(1) * data.bound
-    bias = low.constant(node.input[2]) if len(node.input) > 2 else None
-    if len(node.input) > 2 and bias is None:
-        refuse(node, "its bias is no constant")
     acc = Term(value, np.broadcast_to(data.scale * scale, bound.shape), bound)
-    return _layer(low, node, acc, bias, weight.ndim - 2)
+    return _layer(low, node, acc, low.bias(node), weight.ndim - 2)
 
 
 def _matmul(low: Lowering, node: NodeProto) -> Sum:
@@ -315,8 +327,7 @@ def _matmul(low: Lowering, node: NodeProto) -> Sum:
     value = low.do(kernels.multiplied, data.value, weight=weight)
     bound = np.abs(weight.astype(np.int64)).sum(0) * data.bound
     acc = Term(value, np.broadcast_to(data.scale * scale, bound.shape), bound)
-    bias = low.constant(node.input[2]) if len(node.input) > 2 else None
-    return _layer(low, node, acc, bias, 0)
+    return _layer(low, node, acc, low.bias(node), 0)
 
 
 def _add(low: Lowering, node: NodeProto) -> Sum:
@@ -347,7 +358,7 @@ def _norm(low: Lowering, node: NodeProto) -> Sum:
 
 def _reduce_mean(low: Lowering, node: NodeProto) -> Sum:
     data, shape = low.term(node), low.shapes[node.input[0]]
-    given = low.graph.arrays.get(node.input[1]) if len(node.input) > 1 else None
+    given = low.fixed(node, 1)
     named = range(len(shape)) if given is None else given.flatten().tolist()
     if node.op_type == "GlobalAveragePool":
         named = range(2, len(shape))
@@ -399,12 +410,13 @@ def _relu(low: Lowering, node: NodeProto, grid: Grid) -> str:
 
 
 def _clip(low: Lowering, node: NodeProto, grid: Grid) -> str:
-    ends = [*node.input[1:], "", ""][:2]
-    reals = [low.graph.arrays.get(name) for name in ends]
-    codes = [None if real is None else code(float(real.item()), grid) for real in reals]
-    bottom, top = (grid.low if codes[0] is None else codes[0]), codes[1]
-    source = low.on_grid(node.input[0], grid)
-    return low.do(kernels.clamped, source, low=bottom, high=grid.high if top is None else top)
+    bottom, top = (low.fixed(node, position) for position in (1, 2))
+    return low.do(
+        kernels.clamped,
+        low.on_grid(node.input[0], grid),
+        low=grid.low if bottom is None else code(bottom.item(), grid),
+        high=grid.high if top is None else code(top.item(), grid),
+    )
 
 
 def _max_pool(low: Lowering, node: NodeProto, grid: Grid) -> str:
@@ -459,11 +471,14 @@ def _transpose(low: Lowering, node: NodeProto) -> Move:
 
 def _slice(low: Lowering, node: NodeProto) -> Move:
     shape = low.shapes[node.input[0]]
-    starts, stops, *rest = (low.graph.arrays[name].tolist() for name in node.input[1:])
-    axes = rest[0] if rest else range(len(starts))
-    steps = rest[1] if len(rest) > 1 else [1] * len(starts)
+    starts, stops, axes, steps = (low.fixed(node, position) for position in (1, 2, 3, 4))
+    if starts is None or stops is None:
+        refuse(node, "it has no ends")
+    axes = np.arange(len(starts)) if axes is None else axes
+    steps = np.ones_like(starts) if steps is None else steps
     ends = [(0, size, 1) for size in shape]
-    for axis, start, stop, step in zip(axes, starts, stops, steps, strict=True):
+    given = (each.tolist() for each in (axes, starts, stops, steps))
+    for axis, start, stop, step in zip(*given, strict=True):
         if step < 1:
             refuse(node, "it goes backwards")
         ends[axis] = slice(start, stop, step).indices(shape[axis])
@@ -471,11 +486,14 @@ def _slice(low: Lowering, node: NodeProto) -> Move:
 
 
 def _pad(low: Lowering, node: NodeProto) -> Move:
-    if facts(node).get("mode", b"constant") != b"constant" or len(node.input) > 3:
+    amounts = low.fixed(node, 1)
+    if (
+        facts(node).get("mode", b"constant") != b"constant"
+        or len(node.input) > 3
+        or amounts is None
+    ):
         refuse(node, "it pads with other than one number, or along named axes")
-    amounts = low.graph.arrays[node.input[1]].tolist()
-    half = len(amounts) // 2
-    return kernels.padded, {"pads": tuple(zip(amounts[:half], amounts[half:], strict=True))}
+    return kernels.padded, {"pads": tuple(zip(*amounts.reshape(2, -1).tolist(), strict=True))}
 
 
 MOVES: dict[str, Callable[[Lowering, NodeProto], Move]] = {
