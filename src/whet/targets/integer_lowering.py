@@ -323,6 +323,8 @@ def _matmul(low: Lowering, node: NodeProto) -> Sum:
         refuse(node, "it transposes or scales")
     turned = bool(said.get("transB", 0))
     data, (weight, scale) = low.term(node), low.weight(node, axis=0 if turned else 1)
+    if weight.ndim != 2:
+        refuse(node, "its weight is no matrix")
     weight = weight.T.copy() if turned else weight
     value = low.do(kernels.multiplied, data.value, weight=weight)
     bound = np.abs(weight.astype(np.int64)).sum(0) * data.bound
