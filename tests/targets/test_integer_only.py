@@ -17,7 +17,7 @@ from torch import nn
 
 from whet import catalog
 from whet.errors import TargetFailed
-from whet.measure.int8_codes import Agreement, check, exact, revealed, torch_codes
+from whet.measure.int8_codes import Agreement, Tally, check, exact, revealed, torch_codes
 from whet.optional import installed
 from whet.targets import integer_kernels as kernels
 from whet.targets.integer_only import IntegerNetwork
@@ -423,3 +423,12 @@ def test_signed_codes_and_subtraction():
     network = IntegerNetwork(handmade(nodes, constants, x.size))
     assert network.enter([x])[network.codes["codes"]].dtype == np.int8
     assert np.abs(network.run([x])[0] + x).max() <= 1  # half a step of the coarser scale
+
+
+def test_codes_are_counted():
+    tally = Tally()
+    tally.add(np.array([0, 255, 7], np.uint8), np.array([0, 250, 8], np.uint8))
+    tally.add(np.array([[1, 2]], np.uint8), np.array([[1, 2]], np.int32))
+    assert (tally.values, tally.equal, tally.largest, tally.share) == (5, 3, 5, 0.6)
+    assert Agreement(tally).numbers()["together"]["share"] == 0.6
+    assert Tally().share == 0
