@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import measuring
+import measuring  # noqa: F401  finds the examples
 import numpy as np
 import torch
 from cifar10_resnet import cifar
@@ -22,6 +22,7 @@ from cifar10_resnet import cifar
 from whet import catalog
 from whet.measure import int8_codes
 from whet.measure.int8_codes import Agreement
+from whet.measure.signature import signature
 from whet.targets.integer_only import IntegerNetwork
 from whet.targets.onnxfile import Deployable
 from whet.targets.worker import in_batches
@@ -44,12 +45,13 @@ def quantized(task: Task) -> torch.nn.Module:
     return work.model.eval()
 
 
-def row(name: str, found: Agreement, shares: tuple[float, float]) -> str:
+def row(name: str, found: Agreement, share: float | None, integers: float) -> str:
     """A row of the table."""
     cells = [name, f"{found.together.values:,}"]
     for tally in (found.together, found.alone):
         cells += [f"{100 * tally.share:.3f}", str(tally.largest)]
-    return " | ".join(["", *cells, *(f"{100 * share:.2f}" for share in shares), ""]).strip()
+    cells += ["" if each is None else f"{100 * each:.2f}" for each in (share, integers)]
+    return f"| {' | '.join(cells)} |"
 
 
 def fake_quantized(net: Deployable, network: IntegerNetwork, x: torch.Tensor) -> Agreement:
@@ -77,7 +79,7 @@ def main() -> None:
     x, y = (torch.cat(part)[: options.images] for part in zip(*batches, strict=True))
     rows, labels = x.numpy(), y.numpy()
     task = dataclasses.replace(task, example=(x[:BATCH],))
-    model = quantized(task)
+    model, took = quantized(task), []
     print(f"{HEAD}\n|---|---|---|---|---|---|---|---|", flush=True)
     for target in catalog.present():
         net = Deployable(model, task.example, target)
@@ -87,18 +89,21 @@ def main() -> None:
         if target.name == "onnxruntime":  # its file rounds where PyTorch does
             with torch.no_grad():
                 share = correct(torch.cat([model(part) for part in x.split(BATCH)]).numpy(), labels)
-            print(row("PyTorch", fake_quantized(net, network, x), (share, integers)), flush=True)
+            print(row("PyTorch", fake_quantized(net, network, x), share, integers), flush=True)
             found = fake_quantized(int8_codes.exact(net, model), network, x)
-            print(row("PyTorch, float64, int32 biases", found, (share, integers)), flush=True)
+            print(row("PyTorch, float64, int32 biases", found, None, integers), flush=True)
         with tempfile.TemporaryDirectory() as folder:
             file = net.write(Path(folder) / "net.onnx")
             found = int8_codes.check(target, file, [rows], BATCH)
             outputs = target.job(
                 "run", [rows], file=str(file), threads=1, precision="f32", batch=BATCH
             ).outputs
-        print(row(target.name, found, (correct(outputs[0], labels), integers)), flush=True)
-        print(f"{seconds:.1f} s for {len(rows)} images on integers", flush=True)
-    print(f"\n{measuring.signed(catalog.present()[0], task, 1)}")
+        print(row(target.name, found, correct(outputs[0], labels), integers), flush=True)
+        took.append(f"{seconds:.0f} s")
+    print(f"\n{len(rows)} images on integers: {', '.join(took)}")
+    said = signature("onnxruntime", 1, 0, BATCH, 1)
+    print(f"\n{said['runtime']}, {said['device']} with {', '.join(said['features'])}, ", end="")
+    print(f"batch {BATCH}, load {said['load']}, torch {said['versions']['torch']}")
 
 
 if __name__ == "__main__":
