@@ -20,8 +20,10 @@ from whet.errors import TargetFailed
 from whet.measure.int8_codes import Agreement, Tally, check, exact, revealed, torch_codes
 from whet.optional import installed
 from whet.targets import integer_kernels as kernels
+from whet.targets import processor
 from whet.targets.integer_only import IntegerNetwork
 from whet.targets.onnxfile import Deployable
+from whet.targets.onnxgraph import OnnxGraph
 from whet.targets.target import Target
 from whet.task import Task
 from whet.technique import Work
@@ -148,6 +150,11 @@ def test_logits_are_integers_of_one_scale(files: Files, name: str):
     logits = network.values(network.enter([x.numpy()]))[value]
     assert not others
     assert logits.dtype == np.int32
+    graph = OnnxGraph(net.proto)
+    *_, last = graph.of_kind("MatMul")
+    backs = [graph.maker(each, "DequantizeLinear") for each in last.input]
+    data, weight = (graph.arrays[b.input[1]].astype(np.float64) for b in backs if b)
+    assert grid.scale == (data * weight).max()
     with torch.no_grad():
         want = model(x).numpy()
     assert np.abs(logits * grid.scale - want).max() < 0.02 * np.abs(want).max()
@@ -185,6 +192,25 @@ def test_the_runtimes_agree(files: Files, runtime: str, name: str, tmp_path: Pat
     assert found.alone.share > 0.999
     assert found.together.largest <= 2  # what one rounding moved moves others
     assert found.together.share > 0.99
+
+
+@pytest.mark.skipif(not processor.here().saturates, reason="this processor adds bytes in 32 bits")
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("bits", [None, 8])
+def test_sums_that_overflow_are_found(runtime: str, bits: int | None, tmp_path: Path):
+    target = catalog.target(runtime)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3), nn.ReLU())
+    model = nn.Sequential(model, nn.Conv2d(4, 4, 1)).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(0.9 + 0.1 * torch.rand_like(weight))
+    x = 0.8 + 0.2 * torch.rand(ROWS, 3, 8, 8)
+    task = Task(model, (x,), calibration=[(x, torch.zeros(ROWS).long())])
+    work = Work(model, copy.deepcopy(model), task, targets=[target])
+    StaticInt8(weight_bits=bits).apply(work)
+    file = Deployable(model, (x,), target).write(tmp_path / "net.onnx")
+    found = check(target, file, [x.numpy()], ROWS)
+    assert found.alone.largest <= 1 if bits is None else found.alone.largest > 1
 
 
 # -- no float --------------------------------------------------------------------------------------
