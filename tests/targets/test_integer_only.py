@@ -337,6 +337,7 @@ CASES = {
     "norm": Case(lambda: Block(Normed(), 16)),
     "sum of views": Case(lambda: Block(Pooled())),
     "pad": Case(lambda: Block(calls(lambda x: F.pad(x, (1, 2, 0, 1)))())),
+    "pad with a number": Case(lambda: Block(calls(lambda x: F.pad(x, (1, 2, 0, 1), value=0.3))())),
     "shuffle": Case(lambda: Block(nn.ChannelShuffle(2))),
     "linear without bias": Case(
         lambda: Block(
