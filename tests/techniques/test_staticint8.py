@@ -13,6 +13,7 @@ from whet.graph import sites, surgery
 from whet.graph.ledger import Grid, ledger
 from whet.graph.trace import baked, export
 from whet.rungs.layers import weights
+from whet.rungs.static import MOVES
 from whet.targets import processor
 from whet.targets.onnxruntime import OnnxRuntime
 from whet.targets.target import INTEGER_OPS
@@ -125,13 +126,13 @@ def test_values_are_not_rounded_twice_where_they_only_move(apply, name):
     grids = ledger(model).grids
     moved = 0
     for call in sites.calls(model, task.example):
-        if call.op in staticint8.MOVES and call.site in grids:
+        if call.op in MOVES and call.site in grids:
             assert grids[call.site] == grids[call.sources[0]], call.site
             moved += 1
     assert moved or name in ("residual_cnn", "rnn", "transformer", "depthwise_cnn", "grouped_cnn")
     bare = copy.deepcopy(model)
     for site in list(ledger(bare).grids):
-        if site.rpartition("/")[2].partition(":")[0] in staticint8.MOVES:
+        if site.rpartition("/")[2].partition(":")[0] in MOVES:
             del ledger(bare).grids[site]
     assert torch.equal(outputs(bare, task), outputs(model, task))
 

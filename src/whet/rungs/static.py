@@ -1,0 +1,204 @@
+"""The rung of techniques that put weights and what layers read on grids whose ranges are fixed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from whet import numerics, packed
+from whet.errors import Refused
+from whet.graph import folding, sites, statistics
+from whet.graph.ledger import Grid
+from whet.rungs.layers import Skip, skipped, weights
+from whet.targets.processor import Processor
+from whet.targets.target import INTEGER_OPS, Target
+from whet.technique import Need, Technique, Work
+
+MATMULS = frozenset(["conv1d", "conv2d", "conv3d", "linear"])
+# operations that only move values: what is on the grid stays on it
+MOVES = frozenset(
+    [
+        "flatten",
+        "view",
+        "reshape",
+        "permute",
+        "transpose",
+        "getitem",
+        "pad",
+        "max_pool1d",
+        "max_pool2d",
+        "contiguous",
+        "unsqueeze",
+        "squeeze",
+        "dropout",
+        "identity",
+    ]
+)
+
+
+class StaticTechnique(Technique):
+    """A rung: how a weight is packed, and where activations get which grid."""
+
+    needs: ClassVar[frozenset[Need]] = frozenset({Need.STATISTICS})
+    makes: ClassVar[frozenset[type]] = frozenset({packed.Affine, Grid})
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
+
+    ranges: Annotated[
+        Literal["minmax", "percentile", "mse"], Field(description="how activation ranges are set")
+    ] = "mse"
+    percentile: Annotated[
+        float, Field(gt=0.5, le=1, description="share of values inside, for ranges=percentile")
+    ] = 0.9999
+    weight_ranges: Annotated[
+        Literal["minmax", "mse"], Field(description="how weight ranges are set")
+    ] = "minmax"
+    examples: Annotated[int, Field(ge=1, description="calibration examples")] = 512
+    skip: Skip = ()
+
+    def folded(self, work: Work) -> list[tuple[str, nn.Module]]:
+        """The layers to quantize, with every BatchNorm that folds in them.
+
+        Raises:
+            Refused: there is none.
+        """
+        if not list(weights(work.model, self.skip)):
+            raise Refused(
+                self.name, "no linear or convolutional layer is left to quantize", "Drop it."
+            )
+        pairs, _ = folding.fold_all(work.model, work.task.example)
+        if pairs:
+            work.notes.append(f"folded {len(pairs)} BatchNorms first.")
+        return list(weights(work.model, self.skip))
+
+    def pack(self, weight: Tensor, bits: int) -> packed.Affine:
+        """The form of a weight [out, ...], one scale an output."""
+        rows = weight.detach().flatten(1)
+        bound = rows.abs().amax(dim=1)
+        if self.weight_ranges == "mse":
+            bound = numerics.best_symmetric_bound(rows, bits)
+        scale = numerics.symmetric_scale(bound, bits)
+        zero = torch.zeros_like(scale)
+        return packed.Affine(
+            packed.Dense(weight), scale, zero, bits_wide=bits, symmetric=True, axis=0
+        )
+
+    def histograms(self, work: Work, plan: Mapping[str, str]) -> dict[str, statistics.Histogram]:
+        """Of the values at every site that a range of the `plan` is taken from."""
+        batches = work.task.statistics()
+        assert batches is not None  # `needs` was checked before any work
+        return statistics.histograms(work.model, batches, set(plan.values()), self.examples)
+
+    def grids(
+        self,
+        plan: Mapping[str, str],
+        found: Mapping[str, statistics.Histogram],
+        bits: Callable[[str], int],
+    ) -> dict[str, Grid]:
+        """The grid at each site of the plan.
+
+        Args:
+            plan: sites, and the site that the range of each is taken from.
+            found: the histograms of the latter.
+            bits: the width at each of the latter.
+        """
+        ranges = {source: self.grid(found[source], bits(source)) for source in set(plan.values())}
+        return {site: ranges[source] for site, source in plan.items()}
+
+    def grid(self, histogram: statistics.Histogram, bits: int) -> Grid:
+        """The grid of a histogram's values."""
+        if self.ranges == "minmax":
+            low, high = histogram.minmax()
+        elif self.ranges == "percentile":
+            low, high = histogram.percentile(self.percentile)
+        else:
+            low, high = histogram.least_squares(bits)
+        return Grid(*numerics.affine_scale(low, high, bits), 0, 2**bits - 1)
+
+
+def most_bits(work: Work, processor: Processor, asked: int | None) -> int:
+    """Bits of weights that every target sums exactly on this processor.
+
+    Args:
+        work: with the targets.
+        processor: where they run.
+        asked: bits that the user wants; None where that is open.
+    """
+    most = min((t.weight_bits(processor) for t in work.targets), default=8)
+    if most < 8 and asked is None:
+        work.notes.append(
+            f"weights get {most} bits: {processor.name} adds products of bytes in pairs, and "
+            "with 8 bits the sums would overflow."
+        )
+    elif most < (asked or 0):
+        work.notes.append(
+            f"weights of {asked} bits overflow on {processor.name} where "
+            f"activations are large; {most} bits do not."
+        )
+    return most
+
+
+def integer_ops(targets: Sequence[Target]) -> frozenset[str]:
+    """The calls that all of the targets compute on integers."""
+    return frozenset.intersection(*(t.integer_ops for t in targets)) if targets else INTEGER_OPS
+
+
+def placement(
+    calls: list[sites.Call], skip: tuple[str, ...] = (), integer: frozenset[str] = INTEGER_OPS
+) -> dict[str, str]:
+    """Which sites get a grid, and the site whose values its range is taken from.
+
+    A value gets a grid when an integer operation reads it, itself or through operations that
+    only move values, which take the same grid. So between a layer and the activation that the
+    runtimes merge into it there is none.
+    """
+    readers: dict[str, list[sites.Call]] = {}
+    for call in calls:
+        for source in call.sources:
+            readers.setdefault(source, []).append(call)
+    times = Counter(call.site for call in calls)
+    plan: dict[str, str] = {}
+    for call in calls:
+        if call.dtype is None or not call.dtype.is_floating_point:
+            continue
+        if times[call.site] != 1 or not _read_by_integers(call, readers, skip, integer):
+            continue
+        moved_from = call.sources[0] if call.op in MOVES and call.sources else None
+        if moved_from is None:
+            plan[call.site] = call.site
+        elif moved_from in plan:
+            plan[call.site] = plan[moved_from]
+    return plan
+
+
+def wide(calls: list[sites.Call], plan: dict[str, str], eight: tuple[str, ...]) -> set[str]:
+    """The sites whose ranges those of the inputs of the layers `eight` are taken from."""
+    readers = [call for call in calls if call.op in MATMULS and skipped(call.path, eight)]
+    return {plan[site] for call in readers for site in call.sources if site in plan}
+
+
+def inputs_of(calls: list[sites.Call], plan: Mapping[str, str]) -> dict[str, str]:
+    """The site whose range the input of each layer has, by the layer's path."""
+    return {
+        call.path: plan[call.sources[0]]
+        for call in calls
+        if call.op in MATMULS and call.sources and call.sources[0] in plan
+    }
+
+
+def _read_by_integers(
+    call: sites.Call,
+    readers: dict[str, list[sites.Call]],
+    skip: tuple[str, ...],
+    integer: frozenset[str],
+) -> bool:
+    for reader in readers.get(call.site, []):
+        if reader.op in integer and not skipped(reader.path, skip):
+            return True
+        if reader.op in MOVES and _read_by_integers(reader, readers, skip, integer):
+            return True
+    return False
