@@ -3,6 +3,8 @@
     WHET_DATA=... python benchmarks/few_bits.py 20
     WHET_DATA=... python benchmarks/few_bits.py 56 --rows "W4 A8, BlockReconstruct" "W4 A4, Qat"
 
+"mixed W4" takes as many bytes of weights as W4.
+
 512 calibration images, no training but for Qat, Pact, DoReFa and TrainedTernary, whose first and
 last layers keep 8 bits or their floats. Test images are read once a row.
 """
@@ -49,6 +51,13 @@ for bits in (4, 3, 2):
         f"W{bits}, Gptq": alone("Gptq", bits=bits, group=0),
         f"W{bits}, KMeansShare": alone("KMeansShare", clusters=2**bits),
     }
+for bits in (4, 3):
+    for by in ("hessian", "measured"):
+        mixed = alone("MixedPrecision", average_bits=bits, by=by)
+        ROWS |= {
+            f"mixed W{bits} A8, {by}": mixed,
+            f"mixed W{bits} A8, {by}, AdaRound": [*mixed, ("AdaRound", {})],
+        }
 ROWS |= {
     "W4 A4": grids(4, 4, ENDS),
     "W4 A4, Qat": [*grids(4, 4, ENDS), ("Qat", {"epochs": 2})],

@@ -19,6 +19,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
@@ -205,11 +206,11 @@ class _Problem:
             options["time_limit"] = max(self.end - time.monotonic(), 0.0)
         must = [LinearConstraint(self.one[:, kept], 1, 1)]  # type: ignore[arg-type]
         if len(self.tops):
-            must.append(LinearConstraint(self.rows[:, kept], -np.inf, self.tops))
+            must.append(_at_most(self.rows[:, kept], self.tops))
         for picks in self.cuts:
             row = np.zeros(len(self.objective))
             row[self.places(picks)] = 1
-            must.append(LinearConstraint(row[kept], -np.inf, len(picks) - 1))
+            must.append(_at_most(row[kept], len(picks) - 1))
         found = milp(
             self.objective[kept],
             integrality=1,
@@ -221,8 +222,8 @@ class _Problem:
             return None
         x = np.zeros(len(self.objective))
         x[kept] = found.x
-        return self.picks(x), float(found.fun if found.status == 0 and not gap
-                                    else found.mip_dual_bound)  # fmt: skip
+        exact = found.status == 0 and not gap
+        return self.picks(x), float(found.fun if exact else found.mip_dual_bound)
 
     def places(self, picks: Sequence[int]) -> np.ndarray:
         """Where the picked options stand in the row of all."""
@@ -233,17 +234,13 @@ class _Problem:
         units = np.where(self.tops != 0, np.abs(self.tops), SIZE)[:, None]
         ends = np.append(np.zeros(len(self.objective)), 1.0)
         one = hstack([self.one, csr_matrix((len(self.groups), 1))])
-        must = [
-            LinearConstraint(one, 1, 1),  # type: ignore[arg-type]
-            LinearConstraint(np.hstack([self.rows / units, -np.ones_like(units)]), -np.inf,
-                             self.tops / units[:, 0]),
-        ]  # fmt: skip
+        rows = np.hstack([self.rows / units, -np.ones_like(units)])
         top = np.where(ends > 0, np.inf, 1)
         found = milp(
             ends,
             integrality=1 - ends,
-            bounds=Bounds(np.zeros_like(top), top),
-            constraints=must,
+            bounds=Bounds(np.zeros_like(top), top),  # type: ignore[arg-type]
+            constraints=[LinearConstraint(one, 1, 1), _at_most(rows, self.tops / units[:, 0])],  # type: ignore[arg-type]
             options={"mip_rel_gap": 0.0},
         )
         return self.picks(found.x[:-1])
@@ -265,3 +262,7 @@ class _Problem:
     def unscaled(self, objective: float) -> float:
         """A sum of values, from what the solver counts in."""
         return objective / self.scale + self.least
+
+
+def _at_most(rows: Any, tops: Any) -> LinearConstraint:
+    return LinearConstraint(rows, -np.inf, tops)
