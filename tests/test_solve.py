@@ -75,15 +75,27 @@ def test_values_may_be_small_and_costs_large(seed):
 
 @pytest.mark.parametrize("over", [0, 1])
 def test_a_limit_is_kept_to_the_last_bit(over):
-    """One bit of a hundred million is far less than the solver's own tolerance."""
+    """One bit of a hundred billion is far less than the solver's own tolerance."""
     rng = np.random.default_rng(0)
     groups = [[Option(1.0, {"bits": 0.0}), Option(0.0, {"bits": float(c)})]
-              for c in rng.integers(10**7, 10**8, 8)]  # fmt: skip
+              for c in rng.integers(10**10, 10**11, 8)]  # fmt: skip
     sums = sorted(costs["bits"] for _, costs in every(groups, {"bits": math.inf}))
     limit = sums[100] - over
     found = choose(groups, {"bits": limit})
     assert found.costs["bits"] <= limit
     assert found.value == min(value for value, _ in every(groups, {"bits": limit}))
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_the_solver_lets_pass_over_a_limit_is_forbidden(seed, monkeypatch):
+    """As if the three best choices kept within the solver's tolerance, but not within the limit."""
+    groups = [*drawn(seed), [Option(0, {"a": 1}), Option(0.1, {"a": 0.5}), Option(0.3)]]
+    known = sorted(every(groups, {"a": math.inf}), key=lambda each: each[0])
+    over = [costs["a"] for _, costs in known[:3]]
+    monkeypatch.setattr(solve, "_fits", lambda cost, limit: cost not in over)
+    want = next(value for value, costs in known if costs["a"] not in over) if known[3:] else None
+    if want is not None:
+        assert choose(groups, {"a": 1e3}).value == pytest.approx(want)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -100,8 +112,12 @@ def test_the_nearest_of_two_limits_is_the_least_over():
     with pytest.raises(Unreachable) as caught:
         choose(groups, {"a": 2, "b": 2})
     assert caught.value.costs == {"a": 3, "b": 3}
+    two = [[Option(0, {"a": 5, "b": 20}), Option(0, {"a": 2, "b": 35})]]
     with pytest.raises(Unreachable) as caught:
-        choose(groups, {"a": 0, "b": 0})
+        choose(two, {"a": 1.9, "b": 20})  # over by 3.1 of 1.9, or by 15 of 20
+    assert caught.value.costs == {"a": 2, "b": 35}
+    with pytest.raises(Unreachable) as caught:
+        choose(groups[:1], {"a": 0, "b": 0})
     assert caught.value.costs == {"a": 3, "b": 3}
 
 
