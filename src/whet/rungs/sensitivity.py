@@ -87,7 +87,9 @@ def traces(
         probes: how many v for each batch.
     """
     twin, _ = baked(model)
-    weights = {p: twin.get_submodule(p).weight.requires_grad_(True) for p in layers}  # type: ignore
+    weights: dict[str, Any] = {p: twin.get_submodule(p).weight for p in layers}
+    for weight in weights.values():
+        weight.requires_grad_(True)
     sums = dict.fromkeys([*layers, *places], 0.0)
     source = torch.Generator().manual_seed(0)
     for x, wanted in zip(known.inputs, known.outputs, strict=True):
