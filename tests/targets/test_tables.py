@@ -3,20 +3,19 @@
 import copy
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 
 from whet import catalog, packed
 from whet.measure import quality
 from whet.optional import installed
 from whet.targets.onnxfile import Deployable
+from whet.targets.target import Target
 from whet.technique import Work
 from whet.testing import tiny_task
 
-FLOAT = onnx.TensorProto.FLOAT
+FLOAT, UINT8, UINT4 = (getattr(onnx.TensorProto, kind) for kind in ("FLOAT", "UINT8", "UINT4"))
 HERE = [
     pytest.param(
         name, marks=pytest.mark.skipif(not installed(name), reason=f"{name} is not installed")
@@ -31,53 +30,86 @@ STEPS = {
     "a mask over a table": [("MeanFold", {"bits": 3}), ("Magnitude", {"amount": 0.5})],
     "groups": [("RoundToNearest", {"group": 4})],
     "groups from zero": [("RoundToNearest", {"group": 4, "grid": "affine"})],
+    "groups with a short one": [("RoundToNearest", {"group": 5, "grid": "affine"})],
     "a scale a channel": [("RoundToNearest", {"group": 0})],
     "a scale and a zero a channel": [("RoundToNearest", {"group": 0, "grid": "affine"})],
     "a mask over groups": [("RoundToNearest", {"group": 4}), ("Magnitude", {"amount": 0.8})],
+    "a mask under groups": [("Magnitude", {"amount": 0.8}), ("RoundToNearest", {"group": 4})],
 }
+STEPS |= {f"{bits} bits": [("RoundToNearest", {"group": 8, "bits": bits})] for bits in range(2, 9)}
 
 
-@pytest.mark.parametrize("network", ["flatten_cnn", "transformer"])
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("name", HERE)
-def test_weights_are_bytes_and_outputs_agree(name: str, steps: str, network: str, tmp_path: Path):
-    task, target = tiny_task(network), catalog.target(name)
+def compressed(network: str, steps: str) -> Work:
+    task = tiny_task(network)
     work = Work(copy.deepcopy(task.model), task.model, task)
     for technique, knobs in STEPS[steps]:
         catalog.technique(technique, knobs).apply(work)
-    net = Deployable(work.model.eval(), task.example, target)
+    work.model.eval()
+    return work
+
+
+def weighed(net: Deployable) -> tuple[int, int]:
+    """Bytes of the integers that stand for weights, and of all floats."""
+    held = net.proto.graph.initializer
+    whole = sum(len(i.raw_data) for i in held if i.data_type in (UINT8, UINT4))
+    return whole, sum(len(i.raw_data) for i in held if i.data_type == FLOAT)
+
+
+def counted(form: packed.Packed, target: Target) -> tuple[int, int, int]:
+    """Weights of a form, the bits of their codes, and the most bytes of tables and scales."""
+    inside = next(m for m in form.modules() if isinstance(m, (packed.Lookup, packed.Affine)))
+    support = form.support()
+    if isinstance(inside, packed.Lookup):
+        masked = support is not None
+        bits = (inside.table.shape[1] - 1 + masked).bit_length()
+        table = inside.table.numel() + masked * len(inside.table)
+        return form.dense().numel(), inside.codes.numel() * bits, 4 * table
+    group = getattr(inside, "group", 1)
+    count = form.dense()[0].numel()
+    widths = target.widths if form.dense().ndim == 2 else range(9)
+    width = min(w for w in widths if w >= inside.bits_wide)
+    filled = len(form.dense()) * -(-count // group) * group * width
+    zeros = 0 if inside.symmetric else inside.scale.numel() * width
+    return form.dense().numel(), filled + zeros, 4 * inside.scale.numel()
+
+
+CASES = [("flatten_cnn", steps) for steps in STEPS] + [
+    ("transformer", steps)
+    for steps in ("a table a channel", "groups with a short one", "3 bits", "4 bits", "5 bits")
+]
+
+
+@pytest.mark.parametrize(("network", "steps"), CASES)
+@pytest.mark.parametrize("name", HERE)
+def test_weights_take_the_bits_of_their_codes_and_outputs_agree(
+    name: str, network: str, steps: str, tmp_path: Path
+):
+    work, target = compressed(network, steps), catalog.target(name)
+    net = Deployable(work.model, work.task.example, target)
     file = net.write(tmp_path / "m.onnx")
-    stored = [numpy_helper.to_array(i) for i in onnx.load(str(file)).graph.initializer]
-    codes = sorted(a.size for a in stored if a.dtype == np.uint8)
     forms = [form for _, _, form in packed.forms(work.model)]
-    tables = [m for form in forms for m in form.modules() if isinstance(m, packed.Lookup)]
-    grids = [m for form in forms for m in form.modules() if isinstance(m, packed.Affine)]
-    even = [m for m in grids if m.dense()[0].numel() % getattr(m, "group", 1) == 0]
-    wanted = [m.codes.numel() for m in tables] + [m.dense().numel() for m in even]
-    assert wanted and codes == sorted(wanted)
-    plain = Deployable(task.model, task.example, target).proto.graph.initializer
-    before = sum(numpy_helper.to_array(i).size for i in plain if i.data_type == FLOAT)
-    floats = sum(a.size for a in stored if a.dtype == np.float32)
-    held = [m.table.numel() + len(m.table) for m in tables] + [2 * m.scale.numel() for m in even]
-    assert floats <= before - sum(wanted) * max([m.width for m in tables], default=1) + sum(held)
-    said = quality.gate(target, file, net, work.model, task.validation, threads=1, examples=16)
-    assert said["agreed"], said["first_difference"]
+    counts = [counted(form, target) for form in forms]
+    weights, bits, tables = (sum(each) for each in zip(*counts, strict=True))
+    integers, floats = weighed(net)
+    assert bits / 8 <= integers <= bits / 8 + 2 * len(forms)
+    small = 4 * 12 * len(forms)  # places of digits, a zero point
+    plain = weighed(Deployable(work.task.model, work.task.example, target))[1]
+    assert floats <= plain - 4 * weights + tables + small
+    said = quality.gate(target, file, net, work.model, work.task.validation, threads=1, examples=16)
+    assert said["agreed"] and said["relative"] < 1e-5, said["first_difference"]
 
 
 @pytest.mark.skipif(not installed("onnxruntime"), reason="onnxruntime is not installed")
 @pytest.mark.parametrize(
-    "steps", ["a table a layer", "a table a channel", "groups", "a scale a channel"]
+    "steps",
+    ["a table a layer", "a table a channel", "groups with a short one", "2 bits", "3 bits"],
 )
 def test_nothing_of_it_is_left_at_run_time(steps: str, tmp_path: Path):
-    task, target = tiny_task("flatten_cnn"), catalog.target("onnxruntime")
-    work = Work(copy.deepcopy(task.model), task.model, task)
-    for technique, knobs in STEPS[steps]:
-        catalog.technique(technique, knobs).apply(work)
-    x = task.example[0].numpy()
+    work, target = compressed("flatten_cnn", steps), catalog.target("onnxruntime")
+    x = work.task.example[0].numpy()
     found = []
-    for k, model in enumerate((task.model, work.model)):
-        net = Deployable(model.eval(), task.example, target)
-        file = net.write(tmp_path / f"{k}.onnx")
+    for k, model in enumerate((work.task.model, work.model)):
+        file = Deployable(model, work.task.example, target).write(tmp_path / f"{k}.onnx")
         said = target.job(
             "run", [x], file=str(file), batch=len(x), threads=1, precision="f32"
         ).said  # fmt: skip

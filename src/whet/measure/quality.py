@@ -150,7 +150,7 @@ def gate(
     wants = [torch.cat(parts).float() for parts in zip(*wanted, strict=True)]
     fars = [relative(got, want) for got, want in zip(gots, wants, strict=True)]
     far, got, want = max(fars), gots[0], wants[0]
-    agreed = far <= (TOLERANCE_INTEGER if net.quantized else TOLERANCE_FLOAT)
+    agreed = far <= tolerated(net)
     classes = got.ndim == 2 and got.shape[1] > 1 and got.shape == want.shape
     return {
         "agreed": agreed,
@@ -167,6 +167,11 @@ def gate(
             "found": target.integer_layers(result.said["kernels"]),
         },
     }
+
+
+def tolerated(net: Deployable) -> float:
+    """How far outputs may be from PyTorch's."""
+    return TOLERANCE_INTEGER if net.quantized or net.rounding else TOLERANCE_FLOAT
 
 
 def first_difference(target: Target, net: Deployable, threads: int) -> str:
@@ -187,7 +192,7 @@ def first_difference(target: Target, net: Deployable, threads: int) -> str:
             batch=batch_size(net.example),
         )
     values = net.values(net.example)
-    tolerance = TOLERANCE_INTEGER if net.quantized else TOLERANCE_FLOAT
+    tolerance = tolerated(net)
     inner = result.outputs[len(net.proto.graph.output) :]
     for name, got in zip(names, inner, strict=True):
         if name in values and relative(torch.from_numpy(got), values[name]) > tolerance:

@@ -26,7 +26,7 @@ from torch.fx import Interpreter, Node
 from whet import packed
 from whet.errors import TargetFailed
 from whet.graph.trace import baked, export, module_path
-from whet.targets import tables
+from whet.targets import products, tables
 from whet.targets.integers import rewrite
 from whet.targets.onnxgraph import OnnxGraph
 from whet.targets.target import Target
@@ -45,6 +45,10 @@ class Deployable:
         example: the inputs, with the batch size to deploy.
         target: the runtime that will run it.
 
+    Attributes:
+        quantized: how many weights meet quantized inputs.
+        rounding: how many products round what they read, as their kernel multiplies with codes.
+
     Raises:
         TargetFailed: the exporter refused the network.
     """
@@ -53,7 +57,8 @@ class Deployable:
         self.example = example
         twin, forms = baked(model)
         self.program = export(twin, example)
-        self.proto, self.layers, self.quantized = _convert(self.program, forms, target)
+        found = _convert(self.program, forms, target)
+        self.proto, self.layers, self.quantized, self.rounding = found
         self.owners = _owners(self.proto)
 
     def write(self, path: Path) -> Path:
@@ -116,8 +121,8 @@ def _owners(proto: ModelProto) -> dict[str, str]:
 
 def _convert(
     program: ExportedProgram, forms: dict[str, packed.Packed], target: Target
-) -> tuple[ModelProto, list[tuple[str, str]], int]:
-    """The file, the values of calls in it, and how many weights meet quantized inputs."""
+) -> tuple[ModelProto, list[tuple[str, str]], int, int]:
+    """The file, the values of calls in it, and what `Deployable` counts."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -133,12 +138,14 @@ def _convert(
     graph = OnnxGraph(written.model_proto)
     graph.name_turned({name: form.dense().detach().numpy() for name, form in forms.items()})
     rewrite(graph, forms)
-    tables.store(graph, forms)
+    rounding = products.store(graph, forms, target)
+    tables.store(graph, forms, target.widths)
     for rule in target.rules:
         rule(graph)
     integers = sum(graph.maker(name, "DequantizeLinear") is not None for name in forms)
     proto, short = graph.finish(OPSET)
-    return proto, _values(graph, short, [node.name for node in program.graph.nodes]), integers
+    calls = [node.name for node in program.graph.nodes]
+    return proto, _values(graph, short, calls), integers, rounding
 
 
 def _values(graph: OnnxGraph, short: dict[str, str], calls: list[str]) -> list[tuple[str, str]]:

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-LAYERS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul"])
+LAYERS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits"])
+NIBBLE = helper.tensor_dtype_to_np_dtype(TensorProto.UINT4)
+NIBBLE_OPSET = 21  # the first with integers of 4 bits
 DEFAULTS: dict[str, dict[str, Any]] = {
     "Conv": {"auto_pad": b"NOTSET", "group": 1},
     "Gemm": {"alpha": 1.0, "beta": 1.0, "transA": 0},
@@ -29,6 +31,10 @@ class OnnxGraph:
     def __init__(self, proto: ModelProto) -> None:
         self.inputs, self.outputs = list(proto.graph.input), list(proto.graph.output)
         self.arrays = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
+        self.shapes = {
+            value.name: tuple(size.dim_value for size in value.type.tensor_type.shape.dim)
+            for value in [*proto.graph.value_info, *self.inputs]
+        }
         self.nodes: dict[int, NodeProto] = {}
         self.made: dict[str, NodeProto] = {}
         self.read: dict[str, list[NodeProto]] = {}
@@ -146,7 +152,13 @@ class OnnxGraph:
             [bare(value) for value in self.outputs],
             [numpy_helper.from_array(self.arrays[name], short[name]) for name in used],
         )
-        sets = [helper.make_opsetid("", opset)]
+        if any(self.arrays[name].dtype == NIBBLE for name in used):
+            opset = max(opset, NIBBLE_OPSET)
+        domains = {node.domain for node in nodes} - {""}
+        sets = [
+            helper.make_opsetid("", opset),
+            *(helper.make_opsetid(d, 1) for d in sorted(domains)),
+        ]
         proto = helper.make_model(graph, opset_imports=sets, producer_name="whet", ir_version=10)
         onnx.checker.check_model(proto)
         return proto, short

@@ -184,6 +184,10 @@ class OnnxRuntime(Target):
     facts: ClassVar[Mapping[str, str]] = {
         "int8 static": "conv and linear: u8 activations per tensor, s8 weights per channel",
         "int8 dynamic": "linear only; slower than float32 on every convolutional network measured",
+        "2 to 4 bits": "large linear layers on few rows multiply with the codes (MatMulNBits), and "
+        "round what they read to 8 bits: up to 5 times as fast; in floats that kernel does not pay",
+        "other codes": "tables, convolutions, small layers, many rows: the file holds the bits of "
+        "the codes, which become floats as it loads: bytes, not time",
         "bf16": "none on the CPU",
         "zeros": "no kernel: unstructured and N:M sparsity save bytes, not time",
         "channels": "multiples of 8 or 16; fewer channels below that are not faster",
@@ -193,6 +197,11 @@ class OnnxRuntime(Target):
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads)
+
+    def few_bits(self, rows: int, inputs: int, outputs: int, block: int) -> bool:
+        # measured by benchmarks/few_bit_files.py on AVX2
+        rows = rows if block >= 32 else 2 * rows
+        return 0 < rows <= 16 and rows * 2**16 <= inputs * outputs
 
     def integer_layers(self, kernels: Mapping[str, int]) -> int:
         return sum(n for kind, n in kernels.items() if kind in INTEGER)

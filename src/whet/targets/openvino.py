@@ -91,11 +91,16 @@ class OpenVino(Target):
     precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16")
     facts: ClassVar[Mapping[str, str]] = {
         "int8 static": "conv, linear, adds: u8 activations per tensor, s8 weights per channel",
+        "4 and 8 bits": "linear layers multiply with the codes of grids, in floats: half the time "
+        "at batch 1 where weights outgrow the caches, as long elsewhere",
+        "other bits": "of codes: linear layers take the next of 4 and 8; tables and convolutions "
+        "take the bits that they need, and become floats as the file loads",
         "bf16": "on AMX processors the reference that int8 has to beat",
         "zeros": "no kernel by default: unstructured and N:M sparsity save bytes, not time",
         "channels": "multiples of 16; narrow layers are bound by the number of calls",
         "depth": "time falls with the number of layers",
     }
+    widths: ClassVar[frozenset[int]] = frozenset({4, 8})
     rules = (add_to_accumulators,)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:

@@ -62,6 +62,8 @@ class Target(ABC):
         facts: what this runtime speeds up, as data for people and for the search.
         integer_ops: torch calls that it computes on integers, so that what they read deserves a
             grid: activations u8 per tensor, weights s8 and symmetric per output channel.
+        widths: bits that codes of grids take in its files, where they are weights of linear layers
+            (see `tables`).
         rules: rewrites of the graph into what it runs faster, after those that hold for every
             runtime (`integers`).
     """
@@ -72,6 +74,7 @@ class Target(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     facts: ClassVar[Mapping[str, str]] = {}
     integer_ops: ClassVar[frozenset[str]] = INTEGER_OPS
+    widths: ClassVar[frozenset[int]] = frozenset(range(1, 9))
     rules: ClassVar[Sequence[Callable[[OnnxGraph], None]]] = ()
 
     @abstractmethod
@@ -81,6 +84,17 @@ class Target(ABC):
     @abstractmethod
     def integer_layers(self, kernels: Mapping[str, int]) -> int:
         """How many convolutions and matrix products of `kernels` run on integers."""
+
+    def few_bits(self, rows: int, inputs: int, outputs: int, block: int) -> bool:
+        """Whether the product of [rows, inputs] and a weight of 2 or 4 bits is faster from codes.
+
+        Args:
+            rows: of what is multiplied with the weight; 0 where that is not known.
+            inputs: of the weight.
+            outputs: of the weight.
+            block: inputs that share a scale.
+        """
+        return False
 
     def weight_bits(self, processor: Processor) -> int:
         """Bits of a weight whose products with 8-bit activations are summed exactly there."""
