@@ -1,15 +1,20 @@
 """RoundToNearest: every weight is within half a step, and each group has a grid of its own."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from whet import Recipe, numerics, packed
+from whet import Recipe, artifact, numerics, packed
 from whet.errors import BadOrder
 from whet.rungs.layers import weights
+from whet.technique import Work
+from whet.techniques.quantize.awq import Awq
 from whet.techniques.quantize.biascorrection import latent
+from whet.techniques.quantize.gptq import Gptq
+from whet.techniques.quantize.hqq import Hqq
 from whet.techniques.quantize.roundtonearest import RoundToNearest
 from whet.techniques.quantize.staticint8 import StaticInt8
 from whet.testing import NETWORKS, tiny_task
@@ -123,3 +128,35 @@ def test_without_a_layer_it_is_refused(refuses):
 def test_absurd_knobs_are_refused(knobs):
     with pytest.raises(ValidationError):
         RoundToNearest(**knobs)
+
+
+@pytest.mark.parametrize("technique", [RoundToNearest(group=8), Hqq(group=8)], ids=str)
+def test_embeddings_are_rounded_and_come_back_from_the_file(technique, tmp_path):
+    task = tiny_task("transformer")
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    assert "embed" in technique.places(task.model, task.example)
+    technique.apply(work)
+    embed = work.model.eval().embed
+    form = packed.form_of(embed)
+    assert isinstance(form, packed.Grouped)
+    assert form.bits() == 32 * 16 * 4 + 64 * (32 if form.symmetric else 64)
+    off = (by_group(form.dense(), 8) / form.scale[..., None]).detach()
+    assert bool(((off - off.round()).abs() < 1e-4).all())
+    file = tmp_path / "model.whet"
+    artifact.save(work.model, task.example, file)
+    twin, _ = NETWORKS["transformer"]()
+    with torch.no_grad():
+        want = work.model(*task.example)
+        assert torch.equal(artifact.load(file)(*task.example), want)
+        assert torch.equal(artifact.load(file, into=twin)(*task.example), want)
+    again = packed.form_of(twin.embed)
+    assert isinstance(again, packed.Grouped) and torch.equal(again.dense(), form.dense())
+    assert not torch.equal(embed.weight, task.model.embed.weight)
+
+
+def test_embeddings_can_be_skipped_and_others_leave_them_alone():
+    task = tiny_task("transformer")
+    for technique in (RoundToNearest(skip=("embed",)), StaticInt8(), Awq(), Gptq()):
+        work = Work(copy.deepcopy(task.model), task.model, task)
+        technique.apply(work)
+        assert packed.form_of(work.model.embed) is None

@@ -17,6 +17,7 @@ from whet.graph import statistics, surgery
 from whet.technique import Need, Technique, Work
 
 MATMULS = (nn.Linear, *surgery.CONVOLUTIONS)
+TABLES = (nn.Embedding,)
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95)  # of weights to zero, for a probe
 Pattern = Literal["unstructured", "2:4", "4:8"]
 
@@ -30,17 +31,26 @@ def skipped(path: str, patterns: tuple[str, ...]) -> bool:
 
 
 def weights(
-    model: nn.Module, skip: tuple[str, ...] = (), only: tuple[str, ...] = ()
+    model: nn.Module,
+    skip: tuple[str, ...] = (),
+    only: tuple[str, ...] = (),
+    kinds: tuple[type[nn.Module], ...] = MATMULS,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear and convolutional layer with its path."""
+    """Every linear and convolutional layer, or layer of other kinds, with its path."""
     for path, module in model.named_modules():
         wanted = not only or skipped(path, only)
-        if isinstance(module, MATMULS) and wanted and not skipped(path, skip):
+        if isinstance(module, kinds) and wanted and not skipped(path, skip):
             yield path, module
 
 
 class LayerTechnique(Technique):
-    """A rung below others: it works on the weights of linear and convolutional layers."""
+    """A rung below others: it works on the weights of linear and convolutional layers.
+
+    Class attributes:
+        kinds: of the layers that it works on.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = MATMULS
 
     skip: Skip = ()
     only: Only = ()
@@ -51,7 +61,7 @@ class LayerTechnique(Technique):
         Raises:
             Refused: there is none.
         """
-        found = list(weights(model, self.skip, self.only))
+        found = list(weights(model, self.skip, self.only, self.kinds))
         if not found:
             raise Refused(
                 self.name, "no linear or convolutional layer is left to work on", "Drop it."
@@ -59,7 +69,7 @@ class LayerTechnique(Technique):
         return found
 
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
-        return [path for path, _ in weights(model, self.skip)]
+        return [path for path, _ in weights(model, self.skip, kinds=self.kinds)]
 
 
 class WeightTechnique(LayerTechnique):

@@ -21,19 +21,22 @@ Needs: nothing. Costs: `iterations` passes over each weight.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from whet import numerics, packed
 from whet.rungs.grids import GridTechnique
+from whet.rungs.layers import MATMULS, TABLES
 from whet.technique import Work
 
 
 class Hqq(GridTechnique):
     """Put weights on affine grids with the least l_p error that half-quadratic steps find."""
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = MATMULS + TABLES
 
     p: Annotated[float, Field(gt=0, lt=1, description="of the norm of the errors")] = 0.7
     beta: Annotated[float, Field(gt=0, description="first weight of the quadratic term")] = 10.0

@@ -19,12 +19,19 @@ Needs: nothing. Costs: nothing; ranges="mse" tries 40 ranges.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
+from torch import nn
+
 from whet.rungs.grids import RangeTechnique
+from whet.rungs.layers import MATMULS, TABLES
 from whet.technique import Work
 
 
 class RoundToNearest(RangeTechnique):
-    """Round the weights of linear and convolutional layers to the nearest value on their grids."""
+    """Round weights, those of embeddings as well, to the nearest value on their grids."""
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = MATMULS + TABLES
 
     def apply(self, work: Work) -> None:
         self.pack_each(work, self.nearest)
