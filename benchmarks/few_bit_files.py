@@ -1,6 +1,6 @@
 """Weights of few bits in the files of the runtimes: what a layer takes, and what a file holds.
 
-    python benchmarks/few_bit_files.py                    times of linear layers
+    python benchmarks/few_bit_files.py --rounds 6         times of linear layers
     WHET_DATA=... python benchmarks/few_bit_files.py 20   bytes of a ResNet and of a transformer
 
 No accuracy is read. Times are of a linear layer alone, floats and codes in turns in one process.
@@ -31,7 +31,7 @@ from whet.targets.target import Target
 from whet.technique import Work
 from whet.testing import tiny_task
 
-SIZES = [(256, 256), (512, 512), (1024, 1024), (1024, 4096)]
+SIZES = [(256, 256), (512, 512), (768, 3072), (3072, 768), (4096, 4096)]
 ROWS = (1, 4, 16)
 
 
@@ -133,13 +133,14 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("depth", type=int, nargs="?")
+    parser.add_argument("--target", choices=["onnxruntime", "openvino"], help="by default both")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     torch.manual_seed(0)
     if options.depth:
         sizes(options.depth)
         return
-    if installed("onnxruntime"):
+    if installed("onnxruntime") and options.target != "openvino":
         ways: dict[str, tuple[Target, dict[str, Any]]] = {
             "4 bits, floats": (Never(), {"group": 64}),
             "4 bits": (Always(), {"group": 64}),
@@ -147,7 +148,7 @@ def main() -> None:
             "2 bits": (Always(), {"group": 64, "bits": 2}),
         }
         times("onnxruntime", ways, options.rounds)
-    if installed("openvino"):
+    if installed("openvino") and options.target != "onnxruntime":
         ways = {
             "4 bits": (OpenVino(), {"group": 64}),
             "4 bits in bytes": (Bytes(), {"group": 64}),

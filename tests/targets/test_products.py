@@ -95,6 +95,7 @@ def test_product_is_that_of_the_form_within_the_rounding_of_its_input(
     with torch.no_grad():
         model[0].weight[:, :3] *= 20
         model[0].weight[5] = 3.0  # of one sign
+        model[0].bias += 1000
     work, net = rounded(model, x, GRIDS[name], Always())
     (kernel,) = kernels(net)
     assert (net.rounding, len(net.proto.graph.node)) == (1, 1)
@@ -104,7 +105,7 @@ def test_product_is_that_of_the_form_within_the_rounding_of_its_input(
     with torch.no_grad():
         far = (torch.from_numpy(got) - work.model(x)).abs()
         allowed = slack(work.model[0].weight, x, said["block_size"])
-    assert (far <= 1.01 * allowed + 1e-4).all()
+    assert (far <= 1.01 * allowed + 1e-2).all()
     assert kernel.name == "0"
 
 

@@ -3,13 +3,13 @@
     x W^T + b   becomes   MatMulNBits(x, codes, S, Z, b)
 
 Codes take 2 or 4 bits. The kernel rounds each block of what it reads to 8 bits, max|x| / 127 a
-step, and adds in integers: asked for floats, it takes as long as a product of floats, and longer.
+step, and adds in integers. Asked for floats it does not pay.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -118,7 +118,7 @@ def _packed(values: np.ndarray, width: int) -> np.ndarray:
     return np.frombuffer(data, dtype=np.uint8).reshape(len(values), -1)
 
 
-def _replace(graph: OnnxGraph, node: NodeProto, stored: list[str], said: dict[str, int]) -> None:
+def _replace(graph: OnnxGraph, node: NodeProto, stored: list[str], said: dict[str, Any]) -> None:
     """Put the kernel in the place of a product, and of the sum with a bias behind it."""
     made, place = node.output[0], graph.places[id(node)]
     bias = node.input[2] if len(node.input) > 2 else ""
