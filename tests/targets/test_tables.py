@@ -131,3 +131,15 @@ def test_what_bytes_cannot_tell_apart_stays_floats():
         break
     proto = Deployable(work.model.eval(), task.example, target).proto
     assert not [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+@pytest.mark.parametrize(("bits", "kind"), [(2, "u4"), (4, "u4"), (7, "u8")])
+def test_openvino_multiplies_with_the_codes(bits: int, kind: str, tmp_path: Path):
+    model, x = torch.nn.Sequential(torch.nn.Linear(64, 32)).eval(), torch.randn(2, 64)
+    work = Work(copy.deepcopy(model), model, tiny_task(model, (x,)))
+    catalog.technique("RoundToNearest", {"bits": bits, "group": 16}).apply(work)
+    target = catalog.target("openvino")
+    file = Deployable(work.model.eval(), (x,), target).write(tmp_path / "m.onnx")
+    found = target.job("run", [x.numpy()], file=str(file), batch=2, threads=1, precision="f32")
+    assert found.said["kernels"][f"FullyConnected/{kind}"] == 1
