@@ -426,3 +426,25 @@ def test_a_code_outside_of_its_table_is_damage():
         packed.restore(form.spec() | {"group": 0}, parts, [6, 10])
     with pytest.raises(Damaged, match="the scales of a grid have another shape"):
         packed.restore(form.spec() | {"group": 5}, parts, [6, 10])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("axis", [0, None])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_scaled_form_is_the_scaled_weight_on_the_same_codes(kind, axis, symmetric):
+    torch.manual_seed(3)
+    form = build(kind, SHAPES["conv"], 4, symmetric, axis)
+    factor = torch.tensor([2.0, -0.5, 0.0, 3.0, -1.0, 1.0])
+    new = form.scaled(factor)
+    want = form.dense() * factor[:, None, None, None]
+    torch.testing.assert_close(new.dense(), want, rtol=1e-5, atol=1e-6)
+    assert packed.kinds(new) == packed.kinds(form)
+    old, now = form.support(), new.support()
+    assert (old is None and now is None) or torch.equal(old, now)
+
+
+def test_outputs_cannot_be_scaled_where_scales_are_of_inputs():
+    form = build("Affine(Dense)", SHAPES["linear"], axis=1)
+    text = "its scales are those of its inputs. Put FoldBatchNorm first."
+    with pytest.raises(Refused, match=text):
+        form.scaled(torch.ones(6))

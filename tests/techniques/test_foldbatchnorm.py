@@ -4,10 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from whet import packed
+from whet import catalog, packed
 from whet.graph.ledger import Grid
+from whet.optional import installed
+from whet.targets.onnxfile import Deployable
 from whet.techniques.fuse.foldbatchnorm import FoldBatchNorm
 from whet.techniques.prune.magnitude import Magnitude
+from whet.techniques.quantize.kmeansshare import KMeansShare
+from whet.techniques.quantize.roundtonearest import RoundToNearest
 from whet.testing import tiny_task
 
 NORMED = (
@@ -72,4 +76,47 @@ def test_masks_made_before_stay(apply):
 
 
 def test_it_must_come_before_grids():
-    assert {packed.Affine, Grid} <= FoldBatchNorm.spoils
+    assert FoldBatchNorm.spoils == {Grid}
+
+
+PACKED = {
+    "grids": [RoundToNearest(group=0)],
+    "grids from zero": [RoundToNearest(group=0, grid="affine", bits=3)],
+    "groups": [RoundToNearest(group=4, grid="affine")],
+    "tables": [KMeansShare(clusters=8)],
+    "a mask over groups": [RoundToNearest(group=4), Magnitude(amount=0.5)],
+    "a mask under a table": [Magnitude(amount=0.5), KMeansShare(clusters=8)],
+}
+
+
+@pytest.mark.parametrize("steps", PACKED)
+@pytest.mark.parametrize("name", ["plain_cnn", "depthwise_cnn"])
+def test_weights_of_few_bits_stay_what_they_are(apply, name, steps):
+    task = tiny_task(name)
+    for module in task.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            with torch.no_grad():
+                module.weight[::3] *= -1  # channels that change their sign
+                module.weight[1] = 0
+    before = apply(task, *PACKED[steps]).model
+    after = apply(task, *PACKED[steps], FoldBatchNorm()).model
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in after.modules())
+    torch.testing.assert_close(outputs(after, task), outputs(before, task), rtol=1e-4, atol=1e-5)
+    assert [packed.kinds(f) for *_, f in packed.forms(after)] == [
+        packed.kinds(f) for *_, f in packed.forms(before)
+    ]
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_the_file_holds_codes_though_norms_stand_in_the_network(apply, name):
+    if not installed(name):
+        pytest.skip(f"{name} is not installed")
+    task, target = tiny_task("plain_cnn"), catalog.target(name)
+    steps = PACKED["groups"]
+    found = []
+    for before in ([], [FoldBatchNorm()]):
+        model = apply(task, *before, *steps).model
+        found.append(len(Deployable(model, task.example, target).proto.SerializeToString()))
+    whole = len(Deployable(task.model, task.example, target).proto.SerializeToString())
+    assert abs(found[0] - found[1]) < 0.02 * whole
+    assert found[0] < 0.6 * whole

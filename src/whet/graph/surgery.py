@@ -376,15 +376,9 @@ def fold_batchnorm(model: nn.Module, conv_path: str, norm_path: str) -> None:
     twin.bias.copy_((bias - norm.running_mean) * factor + beta)
     form = packed.form_of(conv)
     if form is not None:
-        packed.install(twin, "weight", _scaled(form, weight))
+        packed.install(twin, "weight", form.scaled(factor))
     replace(model, conv_path, twin)
     replace(model, norm_path, nn.Identity())
-
-
-def _scaled(form: packed.Packed, weight: Tensor) -> packed.Packed:
-    """A mask stays a mask when its channels are scaled."""
-    support = form.support()
-    return packed.Dense(weight) if support is None else packed.Sparse(packed.Dense(weight), support)
 
 
 def parameters_of(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -36,6 +36,10 @@ class Packed(nn.Module):
         """Keep the slices `index` of dimension `dim`, in place."""
         raise NotImplementedError
 
+    def scaled(self, factor: Tensor) -> Packed:
+        """The form of factor[k] times output k of the weight, factor [out]; codes stay codes."""
+        raise NotImplementedError
+
     def spec(self) -> dict[str, Any]:
         """The tree without its numbers, as JSON."""
         raise NotImplementedError
@@ -111,6 +115,10 @@ class Dense(Packed):
         self.value = nn.Parameter(
             self.value.detach().index_select(dim, index), self.value.requires_grad
         )
+
+    def scaled(self, factor: Tensor) -> Packed:
+        value = self.value.detach()
+        return Dense(value * numerics.along(factor, value.ndim, 0), self.value.requires_grad)
 
     def spec(self) -> dict[str, Any]:
         return {"form": "Dense"}
@@ -204,6 +212,26 @@ class Affine(Packed):
         if self.axis == dim:
             self.scale = nn.Parameter(self.scale.detach()[index], self.scale.requires_grad)
             self.zero_point = self.zero_point[index]
+
+    def scaled(self, factor: Tensor) -> Packed:
+        # S f (q - Z) = S |f| (q' - Z') with q' = -q, or 2^b-1 - q on a grid that begins at 0
+        if self.axis not in (None, 0):
+            raise Refused(
+                "scale the outputs of a weight",
+                "its scales are those of its inputs",
+                "Put FoldBatchNorm first.",
+            )
+        table = self.scale.detach(), self.zero_point
+        if self.axis is None:
+            table = tuple(t.expand(len(factor)) for t in table)
+        f = numerics.along(factor, table[0].ndim, 0)
+        scale = torch.where(f == 0, table[0], table[0] * f.abs())
+        low, high = numerics.integer_range(self.bits_wide, self.symmetric)
+        zero = torch.where(f < 0, low + high - table[1], table[1])
+        spec = self.spec() | {"axis": 0}
+        return type(self).built(
+            spec, {"scale": scale, "zero_point": zero}, self.inner.scaled(factor)
+        )
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -390,6 +418,10 @@ class Lookup(Packed):
         if dim == 0 and len(self.table) > 1:
             self.table = nn.Parameter(self.table.detach()[index], self.table.requires_grad)
 
+    def scaled(self, factor: Tensor) -> Packed:
+        table = self.table.detach() * factor[:, None, None]
+        return Lookup(self.inner.scaled(factor), self.codes, table)
+
     def spec(self) -> dict[str, Any]:
         return {"form": "Lookup", "inner": self.inner.spec()}
 
@@ -476,6 +508,9 @@ class Sparse(Packed):
     def take(self, dim: int, index: Tensor) -> None:
         self.inner.take(dim, index)
         self.mask = self.mask.index_select(dim, index)
+
+    def scaled(self, factor: Tensor) -> Packed:
+        return Sparse(self.inner.scaled(factor), self.mask)
 
     def spec(self) -> dict[str, Any]:
         return {"form": "Sparse", "inner": self.inner.spec()}

@@ -25,6 +25,8 @@ from torch.fx import Interpreter, Node
 
 from whet import packed
 from whet.errors import TargetFailed
+from whet.graph import folding
+from whet.graph.ledger import ledger
 from whet.graph.trace import baked, export, module_path
 from whet.targets import products, tables
 from whet.targets.integers import rewrite
@@ -35,6 +37,18 @@ from whet.task import tensors_in
 OPSET = 20
 # what runtimes add to the names of nodes that they rewrote
 DECORATIONS = re.compile(r"^fused |(_nchwc|_nhwc|_quant|_token_\d+|/.*)+$")
+
+
+def folded(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+    """The network with its BatchNorms folded into packed weights, codes and all.
+
+    The exporter folds them as well, but into floats.
+    """
+    if ledger(model).grids or not any(True for _ in packed.forms(model)):
+        return model
+    twin = copy.deepcopy(model).eval()
+    folding.fold_all(twin, example)
+    return twin
 
 
 class Deployable:
@@ -55,7 +69,7 @@ class Deployable:
 
     def __init__(self, model: nn.Module, example: tuple[Any, ...], target: Target) -> None:
         self.example = example
-        twin, forms = baked(model)
+        twin, forms = baked(folded(model, example))
         self.program = export(twin, example)
         found = _convert(self.program, forms, target)
         self.proto, self.layers, self.quantized, self.rounding = found

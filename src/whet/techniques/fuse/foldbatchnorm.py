@@ -7,14 +7,14 @@ Paper: Jacob et al. 2017, section 3.2 (folding for inference).
 Helps when: always at deployment; int8 needs it, since the grid must see the final weights.
 Hurts when: training follows (a network without BatchNorm trains less well): put it after the
     last training step.
-Needs: nothing. Costs: nothing; exact in eval mode up to float rounding.
+Needs: nothing. Costs: nothing; exact in eval mode up to float rounding. Weights on grids and tables keep
+    their codes: scales and tables take the factor. Grids of activations must come after it.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from whet import packed
 from whet.errors import Refused
 from whet.graph import folding
 from whet.graph.ledger import Grid
@@ -24,7 +24,7 @@ from whet.technique import Technique, Work
 class FoldBatchNorm(Technique):
     """Fold every BatchNorm that directly follows a convolution or linear layer."""
 
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
+    spoils: ClassVar[frozenset[type]] = frozenset({Grid})
 
     def apply(self, work: Work) -> None:
         folded, left = folding.fold_all(work.model, work.task.example)
