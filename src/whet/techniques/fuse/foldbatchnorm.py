@@ -7,8 +7,8 @@ Paper: Jacob et al. 2017, section 3.2 (folding for inference).
 Helps when: always at deployment; int8 needs it, since the grid must see the final weights.
 Hurts when: training follows (a network without BatchNorm trains less well): put it after the
     last training step.
-Needs: nothing. Costs: nothing; exact in eval mode up to float rounding. Weights on grids and tables keep
-    their codes: scales and tables take the factor. Grids of activations must come after it.
+Needs: nothing. Weights on grids and tables keep their codes, scales and tables take the factor;
+    grids of activations must come after it. Costs: nothing; exact up to float rounding.
 """
 
 from __future__ import annotations
