@@ -45,10 +45,10 @@ def test_int8_costs_little_on_real_images(resnet20: Task, tmp_path: Path) -> Non
     images = list(limited(resnet20.test or [], IMAGES))
     before = evaluate(resnet20.model, images, resnet20.measure)
     assert 0.905 < before < 0.93  # 91.73 % on all 10,000
-    work = Work(cifar10.resnet20().model, resnet20.model, resnet20)
+    target = catalog.target("onnxruntime")
+    work = Work(cifar10.resnet20().model, resnet20.model, resnet20, targets=[target])
     catalog.technique("FoldBatchNorm").apply(work)
     catalog.technique("StaticInt8").apply(work)
-    target = catalog.target("onnxruntime")
     file = Deployable(work.model, resnet20.example, target).write(tmp_path / "model.onnx")
     after = quality.measure(
         target, file, resnet20.example, torch.zeros(1, 10), images, resnet20.measure, threads=2

@@ -463,7 +463,9 @@ def test_keywords_reach_the_network():
     ],
 )
 def test_what_a_cut_can_have_made_of_a_constant(key, old, new, may):
-    assert sites.is_correction(key, old, new) is may
+    assert sites.is_correction("a.b/split:0", key, old, new) is may
+    lists = isinstance(new, list) and not isinstance(old, list)
+    assert sites.is_correction("a.split/view:0", key, old, new) is (may and not lists)
 
 
 class Pieces(nn.Module):

@@ -192,17 +192,18 @@ def corrected(
     return tuple(changed), named
 
 
-def is_correction(key: Any, old: Any, new: Any) -> bool:
+def is_correction(site: str, key: Any, old: Any, new: Any) -> bool:
     """Whether a cut can have made this of a constant: counts that are fewer, none of them new.
 
     The one size of all pieces of a split may have become a list, as pieces lose what they lose.
     """
     after = new if isinstance(new, list) else [new]
     before = old if isinstance(old, list) else [old] * len(after)
+    splits = site.rpartition("/")[2].partition(":")[0] == "split"
     return (
         isinstance(key, str)
         and KEY.fullmatch(key) is not None
-        and (isinstance(new, list) or not isinstance(old, list))
+        and (isinstance(old, list) == isinstance(new, list) or (type(old) is int and splits))
         and len(before) == len(after)
         and all(type(v) is int for v in (*before, *after))
         and all(0 <= b <= a or a == b for a, b in zip(before, after, strict=True))

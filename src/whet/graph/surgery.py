@@ -347,7 +347,7 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
         set_grids(model, grids)
     for site, constants in book.get("constants", {}).items():
         for argument, (old, new) in constants.items():
-            if not sites.is_correction(argument, old, new):
+            if not sites.is_correction(site, argument, old, new):
                 raise Damaged(
                     f"give the call at {site!r} its corrected constants",
                     f"{argument!r}: {old!r} -> {new!r} is not what a cut leaves",
