@@ -127,3 +127,43 @@ def test_scales_run_along_their_axis():
     assert numerics.along(torch.arange(3), 3, 1).shape == (1, 3, 1)
     assert (x * numerics.along(torch.arange(3), 3, 1))[:, 0].abs().max() == 0
     assert numerics.along(torch.tensor(2.0), 3, None).ndim == 0
+
+
+def test_a_power_of_two_is_the_least_that_holds_the_scale():
+    scale = torch.cat([spread(1.0).abs().clamp(min=1e-9), 2.0 ** torch.arange(-20, 20).double()])
+    wide = numerics.power_of_two(scale)
+    assert torch.equal(wide.log2(), wide.log2().round())
+    assert bool((wide >= scale).all())
+    assert bool((wide < 2 * scale).all())
+    assert torch.equal(numerics.power_of_two(wide), wide)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 3.0), (-1.3, 0.2), (-7.0, 1e4)])
+def test_scales_by_shifts_hold_the_range(low, high, bits):
+    scale, zero = numerics.affine_scale(low, high, bits, shifts=True)
+    assert math.log2(scale).is_integer()
+    plain, _ = numerics.affine_scale(low, high, bits)
+    assert plain <= scale < 2 * plain
+    assert scale * -zero <= low + scale / 2
+    assert scale * (2**bits - 1 - zero) >= high - scale / 2
+
+
+def test_how_numbers_are_made_whole():
+    torch.manual_seed(0)
+    u = 5 * torch.randn(2000)
+    nearest, cut, drawn = (
+        numerics.integers(u, how) for how in ("nearest", "truncate", "stochastic")
+    )
+    assert float((nearest - u).abs().max()) <= 0.5
+    assert torch.equal(cut, u.sign() * u.abs().floor())
+    for whole in (cut, drawn):
+        assert torch.equal(whole, whole.round())
+        assert float((whole - u).abs().max()) < 1
+    mean = torch.stack([numerics.integers(u, "stochastic") for _ in range(4000)]).mean(0)
+    assert float((mean - u).abs().max()) < 0.05  # six standard deviations
+    exact = torch.arange(-4.0, 5.0)
+    assert all(
+        torch.equal(numerics.integers(exact, how), exact)
+        for how in ("nearest", "truncate", "stochastic")
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,16 +33,40 @@ def symmetric_scale(bound: Tensor, bits: int) -> Tensor:
     return torch.where(scale > tiny, scale, torch.ones_like(scale))
 
 
-def affine_scale(low: float, high: float, bits: int) -> tuple[float, int]:
+def affine_scale(low: float, high: float, bits: int, shifts: bool = False) -> tuple[float, int]:
     """S = (max - min) / (2^b - 1) and the zero point Z = round(-min / S).
 
-    The range is widened to contain 0, because padding and ReLU need an exact zero.
+    The range is widened to contain 0, because padding and ReLU need an exact zero; with `shifts`
+    until S is a power of two.
     """
     low, high = min(low, 0.0), max(high, 0.0)
     scale = (high - low) / (2**bits - 1)
     if not math.isfinite(scale) or scale < torch.finfo(torch.float32).tiny:
         return 1.0, 0
+    if shifts:
+        scale = float(power_of_two(torch.tensor(scale, dtype=torch.float64)))
     return scale, int(min(max(round(-low / scale), 0), 2**bits - 1))
+
+
+def power_of_two(scale: Tensor) -> Tensor:
+    """2^ceil(log2 S): the least power of two that is no smaller, so that no range shrinks."""
+    mantissa, exponent = torch.frexp(scale)  # S = m 2^e with m in [1/2, 1)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+
+
+Rounding = Literal["nearest", "stochastic", "truncate"]
+
+
+def integers(u: Tensor, how: Rounding) -> Tensor:
+    """A whole number beside each u.
+
+    nearest      round(u), at most 1/2 away
+    stochastic   floor(u + r), r uniform in [0, 1): u on average, less than 1 away
+    truncate     sign(u) floor(|u|): never larger than u, less than 1 away
+    """
+    if how == "nearest":
+        return u.round()
+    return u.trunc() if how == "truncate" else (u + torch.rand_like(u)).floor()
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int) -> Tensor:
@@ -93,7 +118,9 @@ def in_groups(rows: Tensor, group: int) -> Tensor:
     return torch.nn.functional.pad(rows, (0, short)).unflatten(1, (-1, group))
 
 
-def uniform_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor]:
+def uniform_grid(
+    low: Tensor, high: Tensor, bits: int, symmetric: bool, shifts: bool = False
+) -> tuple[Tensor, Tensor]:
     """S and Z of the grids over [low, high], widened to contain 0, for tensors of ranges.
 
     As `symmetric_scale` and `affine_scale`, of which it is the elementwise form.
@@ -101,11 +128,13 @@ def uniform_grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple
     low, high = low.clamp(max=0), high.clamp(min=0)
     if symmetric:
         scale = symmetric_scale(torch.maximum(-low, high), bits)
+    else:
+        scale = (high - low) / (2**bits - 1)
+        scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
+    scale = power_of_two(scale) if shifts else scale
+    if symmetric:
         return scale, torch.zeros_like(scale)
-    top = 2**bits - 1
-    scale = (high - low) / top
-    scale = torch.where(scale > torch.finfo(scale.dtype).tiny, scale, torch.ones_like(scale))
-    return scale, torch.round(-low / scale).clamp(0, top)
+    return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
 
 
 def on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
@@ -115,7 +144,12 @@ def on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) 
 
 
 def fitted_grid(
-    values: Tensor, bits: int, symmetric: bool, ranges: str = "minmax", steps: int = 40
+    values: Tensor,
+    bits: int,
+    symmetric: bool,
+    ranges: str = "minmax",
+    shifts: bool = False,
+    steps: int = 40,
 ) -> tuple[Tensor, Tensor]:
     """S and Z of one grid for each of the last dimension's vectors.
 
@@ -125,19 +159,20 @@ def fitted_grid(
         symmetric: codes on both sides of zero, or 0 .. 2^b-1.
         ranges: "minmax", or "mse" for the range, shrunk at both ends alike to no less than its
             fifth, with the least squared error; it is never worse than "minmax".
+        shifts: scales are powers of two.
         steps: how many ranges "mse" tries.
 
     Returns:
         [...] each.
     """
     low, high = values.amin(dim=-1), values.amax(dim=-1)
-    scale, zero = uniform_grid(low, high, bits, symmetric)
+    scale, zero = uniform_grid(low, high, bits, symmetric, shifts)
     if ranges == "minmax":
         return scale, zero
     least = torch.full_like(scale, math.inf)
     for step in range(steps, -1, -1):
         share = 0.2 + 0.8 * step / steps
-        s, z = uniform_grid(low * share, high * share, bits, symmetric)
+        s, z = uniform_grid(low * share, high * share, bits, symmetric, shifts)
         error = (on_grid(values, s[..., None], z[..., None], bits, symmetric) - values).square()
         error = error.sum(dim=-1)
         better = error < least

@@ -1,6 +1,7 @@
 """One streamed sweep gives what a pass over all values at once would."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -243,3 +244,46 @@ def test_second_moments_are_those_of_all_that_was_read():
     torch.testing.assert_close(found["2"], (flat.T @ flat / len(flat))[None])
     few = statistics.second_moments(model, batches, examples=5)["2"]
     torch.testing.assert_close(few, (flat[:5].T @ flat[:5] / 5)[None])
+
+
+def test_least_divergence_keeps_a_flat_range_and_drops_far_values():
+    torch.manual_seed(0)
+    flat = filled(torch.rand(100_000) * 2)
+    assert flat.least_divergence(4)[1] > 0.9 * flat.high
+    bell = torch.randn(100_000).relu()
+    far = filled(torch.cat([bell, torch.tensor([60.0])]))
+    low, high = far.least_divergence(4)
+    assert low == 0.0
+    assert 15.0 <= high < 30.0  # a quarter is the least that is tried
+    found = {r: far._divergence(far.centres(), *numerics.affine_scale(0.0, r, 4), 4)
+             for r in (high, 60.0)}  # fmt: skip
+    assert 0 <= found[high] < found[60.0]
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_divergence_is_that_of_the_two_distributions(bits):
+    torch.manual_seed(1)
+    histogram = filled(3 * torch.randn(20_000))
+    x, counts = histogram.centres(), histogram.counts
+    scale, zero = numerics.affine_scale(-2.5, 4.0, bits)
+    P, Q = torch.zeros_like(x), torch.zeros_like(x)
+    place = (x / scale).round() + zero
+    for code in range(2**bits):
+        mine = (place == code) & (counts > 0)
+        P[mine], Q[mine] = counts[mine], counts[mine].mean()
+    first, *_, last = P.nonzero()[:, 0].tolist()
+    P[first] += counts[place < 0].sum()
+    P[last] += counts[place >= 2**bits].sum()
+    P, Q = P / P.sum(), Q / Q.sum()
+    want = float((P[P > 0] * (P[P > 0] / Q[P > 0]).log()).sum())
+    assert want > 0
+    assert math.isclose(histogram._divergence(x, scale, zero, bits), want, rel_tol=1e-9)
+
+
+def test_moving_averages_of_the_extremes():
+    histogram = statistics.Histogram()
+    for low, high in ((-1.0, 2.0), (-3.0, 2.0), (0.5, 8.0)):
+        histogram.add(torch.tensor([low, high]))
+    low = 0.9 * (0.9 * -1.0 + 0.1 * -3.0) + 0.1 * 0.5
+    assert histogram.moving() == pytest.approx((low, 0.9 * 2.0 + 0.1 * 8.0))
+    assert histogram.minmax() == (-3.0, 8.0)

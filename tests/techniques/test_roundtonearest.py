@@ -160,3 +160,45 @@ def test_embeddings_can_be_skipped_and_others_leave_them_alone():
         work = Work(copy.deepcopy(task.model), task.model, task)
         technique.apply(work)
         assert packed.form_of(work.model.embed) is None
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("group", [0, 7])
+@pytest.mark.parametrize("rounding", ["stochastic", "truncate"])
+def test_other_roundings_are_less_than_a_step_away(rounding, group, grid):
+    weight = torch.randn(6, 5, 3, 3).pow(3)
+    knobs = {"bits": 4, "group": group} | grid
+    form = RoundToNearest(rounding=rounding, **knobs).pack(weight)
+    plain = RoundToNearest(**knobs).pack(weight)
+    assert torch.equal(form.scale, plain.scale)
+    assert torch.equal(form.codes(), form.codes().round())
+    step = scales(form).repeat_interleave(group or 45, dim=1)[:, :45]
+    value = form.dense().detach()
+    gap = (value - weight).flatten(1).abs()
+    assert bool((gap < step * (1 + 1e-4)).all())
+    assert not torch.equal(value, plain.dense())
+    if rounding == "truncate":
+        assert bool((value.abs() <= weight.abs() * (1 + 1e-5)).all())
+
+
+def test_stochastic_rounding_is_right_on_average():
+    torch.manual_seed(0)
+    weight, technique = torch.randn(4, 12), RoundToNearest(bits=3, rounding="stochastic")
+    drawn = torch.stack([technique.pack(weight).dense().detach() for _ in range(3000)])
+    torch.testing.assert_close(drawn.mean(0), weight, atol=0.05, rtol=0)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("kind", [RoundToNearest, Gptq])
+def test_scales_by_shifts(apply, kind, grid):
+    work = apply(tiny_task("plain_cnn"), kind(bits=4, group=16, shifts=True, **grid))
+    for path, module in weights(work.model):
+        form = packed.form_of(module)
+        power = form.scale.log2()
+        assert torch.equal(power, power.round()), path
+        low, high = numerics.integer_range(4, grid["grid"] == "symmetric")
+        assert bool(((form.zero_point >= low) & (form.zero_point <= high)).all()), path
+        if kind is RoundToNearest:
+            latent = form.inner.dense().detach()
+            step = form.grid(latent)[0]
+            assert bool(((module.weight - latent).abs() <= step / 2 * (1 + 1e-4)).all()), path

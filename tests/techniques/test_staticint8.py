@@ -363,3 +363,14 @@ def test_only_what_all_targets_run_on_integers_gets_a_grid():
     assert staticint8.integer_ops([]) == INTEGER_OPS
     calls = sites.calls(tiny_task("residual_cnn").model, tiny_task("residual_cnn").example)
     assert set(placement(calls, (), both)) < set(placement(calls))
+
+
+@pytest.mark.parametrize("ranges", ["moving", "kl", "mse"])
+def test_scales_by_shifts_and_other_ranges(apply, ranges):
+    task = tiny_task("residual_cnn")
+    model = apply(task, StaticInt8(examples=32, ranges=ranges, shifts=True)).model
+    steps = [torch.tensor(grid.scale) for grid in ledger(model).grids.values()]
+    steps += [form.scale.detach() for _, _, form in quantized_layers(model)]
+    assert all(torch.equal(s.log2(), s.log2().round()) for s in steps)
+    want, got = outputs(task.model, task), outputs(model, task)
+    assert numerics.relative(got, want) < 0.2

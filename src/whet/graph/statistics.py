@@ -15,6 +15,7 @@ from whet.graph import sites
 from whet.task import Batches, as_arguments, evaluating, limited
 
 BINS = 2048
+KEPT = 0.9  # of a moving average, at each batch
 COUNTABLE = 2**24  # float32, in which torch counts, holds no odd number above
 
 
@@ -22,12 +23,14 @@ COUNTABLE = 2**24  # float32, in which torch counts, holds no odd number above
 class Histogram:
     """A histogram whose range doubles when a value falls outside; memory stays constant.
 
-    Counts stand for values in [-bound, bound]. `low` and `high` are the exact extremes.
+    Counts stand for values in [-bound, bound]. `low` and `high` are the exact extremes, `average`
+    their moving averages over the batches.
     """
 
     bound: float = 0.0
     low: float = math.inf
     high: float = -math.inf
+    average: tuple[float, float] | None = None
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
 
     def add(self, x: Tensor) -> None:
@@ -45,6 +48,8 @@ class Histogram:
                 "Look for NaN or infinite values in the calibration data.",
             )
         self.low, self.high = min(self.low, low), max(self.high, high)
+        old = self.average or (low, high)
+        self.average = (KEPT * old[0] + (1 - KEPT) * low, KEPT * old[1] + (1 - KEPT) * high)
         reach = max(-low, high)
         if self.bound == 0.0:
             self.bound = reach if reach > 0 else 1.0
@@ -68,6 +73,10 @@ class Histogram:
     def minmax(self) -> tuple[float, float]:
         """The exact range."""
         return self.low, self.high
+
+    def moving(self) -> tuple[float, float]:
+        """The moving averages of the batches' extremes: m <- 0.9 m + 0.1 extreme."""
+        return self.average or self.minmax()
 
     def percentile(self, share: float) -> tuple[float, float]:
         """The range without (1 - share) / 2 of the values at either end, share in (0, 1].
@@ -98,6 +107,34 @@ class Histogram:
             if error < least:
                 best, least = (low, high), error
         return best
+
+    def least_divergence(self, bits: int, steps: int = 64) -> tuple[float, float]:
+        """The range for which the values on the grid are distributed most like those before.
+
+        KL(P | Q) = sum P log(P / Q): P are the counts of the bins inside that are not empty, with
+        what lies outside in the first and the last of them; Q gives each the mean, outside left
+        out, of those that share its code. Ranges as in `least_squares`.
+        """
+        x, best, least = self.centres(), self.minmax(), math.inf
+        for step in range(steps + 1):
+            share = 1 - 0.75 * step / steps
+            low, high = self.low * share, self.high * share
+            found = self._divergence(x, *numerics.affine_scale(low, high, bits), bits)
+            if found < least:
+                best, least = (low, high), found
+        return best
+
+    def _divergence(self, x: Tensor, scale: float, zero: int, bits: int) -> float:
+        codes = (x / scale).round().long() + zero
+        inside = (codes >= 0) & (codes < 2**bits) & (self.counts > 0)
+        mine, P = codes[inside], self.counts[inside].clone()
+        none = torch.zeros(2**bits, dtype=torch.float64)
+        bins = none.index_add(0, mine, torch.ones_like(P))
+        Q = (none.index_add(0, mine, P) / bins.clamp(min=1))[mine]
+        P[0] += self.counts[codes < 0].sum()
+        P[-1] += self.counts[codes >= 2**bits].sum()
+        P, Q = P / P.sum(), Q / Q.sum()
+        return float((P * (P / Q).log()).sum())
 
 
 @torch.no_grad()

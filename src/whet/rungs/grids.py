@@ -61,6 +61,10 @@ class RangeTechnique(GridTechnique):
         Literal["minmax", "mse"], Field(description="all values, or the least squared error")
     ] = "minmax"
 
+    shifts: Annotated[
+        bool, Field(description="scales are powers of two, so that scaling is a shift")
+    ] = False
+
     @property
     def symmetric(self) -> bool:
         """Whether codes stand on both sides of zero."""
@@ -69,7 +73,11 @@ class RangeTechnique(GridTechnique):
     def fitted(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """S and Z of each group of W [out, d]: [out, groups]."""
         groups = numerics.in_groups(rows, self.share(rows.shape[1]))
-        return numerics.fitted_grid(groups, self.bits, self.symmetric, self.ranges)
+        return self.grids(groups)
+
+    def grids(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """S and Z of the grid of each of the last dimension's vectors."""
+        return numerics.fitted_grid(values, self.bits, self.symmetric, self.ranges, self.shifts)
 
     def rounded(self, rows: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
         """W_hat [out, d], each value the nearest on the grid S, Z [out, groups] of its group."""

@@ -49,7 +49,8 @@ class StaticTechnique(Technique):
     spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
 
     ranges: Annotated[
-        Literal["minmax", "percentile", "mse"], Field(description="how activation ranges are set")
+        Literal["minmax", "moving", "percentile", "mse", "kl"],
+        Field(description="how activation ranges are set"),
     ] = "mse"
     percentile: Annotated[
         float, Field(gt=0.5, le=1, description="share of values inside, for ranges=percentile")
@@ -57,6 +58,9 @@ class StaticTechnique(Technique):
     weight_ranges: Annotated[
         Literal["minmax", "mse"], Field(description="how weight ranges are set")
     ] = "minmax"
+    shifts: Annotated[
+        bool, Field(description="all scales are powers of two, so that scaling is a shift")
+    ] = False
     examples: Annotated[int, Field(ge=1, description="calibration examples")] = 512
     skip: Skip = ()
 
@@ -82,6 +86,7 @@ class StaticTechnique(Technique):
         if self.weight_ranges == "mse":
             bound = numerics.best_symmetric_bound(rows, bits)
         scale = numerics.symmetric_scale(bound, bits)
+        scale = numerics.power_of_two(scale) if self.shifts else scale
         zero = torch.zeros_like(scale)
         return packed.Affine(
             packed.Dense(weight), scale, zero, bits_wide=bits, symmetric=True, axis=0
@@ -115,9 +120,13 @@ class StaticTechnique(Technique):
             low, high = histogram.minmax()
         elif self.ranges == "percentile":
             low, high = histogram.percentile(self.percentile)
+        elif self.ranges == "moving":
+            low, high = histogram.moving()
+        elif self.ranges == "kl":
+            low, high = histogram.least_divergence(bits)
         else:
             low, high = histogram.least_squares(bits)
-        return Grid(*numerics.affine_scale(low, high, bits), 0, 2**bits - 1)
+        return Grid(*numerics.affine_scale(low, high, bits, self.shifts), 0, 2**bits - 1)
 
 
 def most_bits(work: Work, processor: Processor, asked: int | None) -> int:

@@ -79,8 +79,7 @@ class Gptq(CalibratedTechnique, RangeTechnique):
             k = column // group
             if not self.act_order and column % group == 0:
                 columns = mended[:, column : column + group].to(W.dtype)
-                new = numerics.fitted_grid(columns, self.bits, self.symmetric, self.ranges)
-                scale[:, k], zero[:, k] = new
+                scale[:, k], zero[:, k] = self.grids(columns)
             x = mended[:, j].to(W.dtype)
             return numerics.on_grid(x, scale[:, k], zero[:, k], self.bits, self.symmetric)
 
