@@ -80,11 +80,11 @@ def test_what_a_module_sees_is_what_it_is_given(apply):
     path = units(model, [p for p, _, _ in packed.forms(model)], 3)[1]
     given = seen(model, path, task.statistics(), 24)
     assert len(given.made) == len(given.args[0]) == 24
-    again = sites.inside(model, model.get_submodule(path), given.args)
+    again = sites.inside(model)(model.get_submodule(path), *given.args)
     torch.testing.assert_close(again, given.made)  # with its grids
     plain = copy.deepcopy(model)
     ledger(plain).grids.clear()
-    bare = sites.inside(plain, plain.get_submodule(path), given.args)
+    bare = sites.inside(plain)(plain.get_submodule(path), *given.args)
     assert not torch.allclose(bare, given.made)
 
 

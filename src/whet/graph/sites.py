@@ -318,10 +318,16 @@ def observed(model: nn.Module, args: tuple[Any, ...], observe: Observer) -> Any:
         return model(*args)
 
 
-def inside(model: nn.Module, module: nn.Module, args: tuple[Any, ...]) -> Any:
-    """Call one `module` of the model alone, with the model's ledger acting in it."""
-    with _on(SiteMode(model, ledger(model))):
-        return module(*args)
+def inside(model: nn.Module) -> Callable[..., Any]:
+    """A way to call single modules of the model, as call(module, *args), with its ledger acting."""
+    mode = SiteMode(model, ledger(model))
+
+    def call(module: nn.Module, *args: Any) -> Any:
+        mode.seen.clear()  # each call is a forward pass of its own
+        with _on(mode):
+            return module(*args)
+
+    return call
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from whet.rungs.rounding import (
     settle,
     unrounded,
 )
+from whet.rungs.trainedgrids import FixedGrid
 from whet.technique import Work
 
 
@@ -121,11 +122,12 @@ class BlockReconstruct(RoundingTechnique):
         )
         size = len(given.made)
         source = torch.Generator().manual_seed(0)
+        call = sites.inside(model)
         with dropped(model, self.drop):
             for step in range(self.steps):
                 index = torch.randint(size, (min(self.batch, size),), generator=source)
                 args, exact = (rows(each.args, size, index) for each in (given, wanted))
-                out = sites.inside(model, module, mixed(args, exact, self.drop))
+                out = call(module, *mixed(args, exact, self.drop))
                 loss = squared(out, wanted.made[index])
                 beta = anneal(step, self.steps)
                 if beta:
@@ -138,8 +140,9 @@ class BlockReconstruct(RoundingTechnique):
     def error(self, model: nn.Module, module: nn.Module, given: Seen, wanted: Seen) -> float:
         """The block's squared error over all examples."""
         size, total = len(given.made), 0.0
+        call = sites.inside(model)
         for index in torch.arange(size).split(4 * self.batch):
-            out = sites.inside(model, module, rows(given.args, size, index))
+            out = call(module, *rows(given.args, size, index))
             total += float(squared(out, wanted.made[index])) * len(index)
         return total / size
 
@@ -177,10 +180,7 @@ class Dropping:
     """A grid that acts on each value with probability 1 - `drop`; gradients go through."""
 
     def __init__(self, grid: Grid, drop: float) -> None:
-        self.grid, self.drop = grid, drop
+        self.grid, self.drop = FixedGrid(grid, 1), drop
 
     def __call__(self, x: Tensor) -> Tensor:
-        grid = self.grid
-        u = (x / grid.scale).clamp(grid.low - grid.zero_point, grid.high - grid.zero_point)
-        rounded = grid.scale * (u + (u.round() - u).detach())
-        return torch.where(torch.rand_like(x) < self.drop, x, rounded)
+        return torch.where(torch.rand_like(x) < self.drop, x, self.grid(x))
