@@ -45,7 +45,7 @@ def affine(inner, bits, symmetric=True, axis=0):
     return Affine(inner, scale, zero.float(), bits_wide=bits, symmetric=symmetric, axis=axis)
 
 
-def grouped(inner, bits, symmetric=True, group=4):
+def grouped(inner, bits, symmetric=True, group=4, scale_bits=None):
     weight = inner.dense().detach().flatten(1)
     count = -(-weight.shape[1] // group)
     filled = nn.functional.pad(weight, (0, count * group - weight.shape[1]))
@@ -58,7 +58,15 @@ def grouped(inner, bits, symmetric=True, group=4):
             numerics.affine_scale(float(g.min()), float(g.max()), bits) for g in each.flatten(0, 1)
         ]
         scale, zero = (torch.tensor(c).reshape(len(weight), count) for c in zip(*ends, strict=True))
-    return Grouped(inner, scale, zero.float(), bits_wide=bits, symmetric=symmetric, group=group)
+    return Grouped(
+        inner,
+        scale,
+        zero.float(),
+        bits_wide=bits,
+        symmetric=symmetric,
+        group=group,
+        scale_bits=scale_bits,
+    )
 
 
 def lookup(inner, bits, width=1, rows=1):
@@ -72,6 +80,8 @@ def build(kind, shape, bits=8, symmetric=True, axis=0):
     weight = torch.randn(shape)
     if kind == "Grouped(Dense)":
         return grouped(Dense(weight), bits, symmetric)
+    if kind == "Grouped(Dense), scales on grids":
+        return grouped(Dense(weight), bits, symmetric, scale_bits=6)
     if kind == "Sparse(Grouped(Dense))":
         return Sparse(grouped(Dense(weight), bits, symmetric), mask_for(shape))
     if kind == "Lookup(Dense)":
@@ -105,6 +115,7 @@ KINDS = (
     "Affine(Sparse(Dense))",
     "Sparse(Sparse(Dense))",
     "Grouped(Dense)",
+    "Grouped(Dense), scales on grids",
     "Sparse(Grouped(Dense))",
     "Lookup(Dense)",
     "Sparse(Lookup(Dense))",
@@ -448,3 +459,46 @@ def test_outputs_cannot_be_scaled_where_scales_are_of_inputs():
     text = "its scales are those of its inputs. Put FoldBatchNorm first."
     with pytest.raises(Refused, match=text):
         form.scaled(torch.ones(6))
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_scales_on_grids_are_within_half_a_step_and_counted(bits):
+    torch.manual_seed(0)
+    weight = torch.randn(6, 64) * torch.rand(6, 1)
+    plain = grouped(Dense(weight), 4)
+    form = grouped(Dense(weight), 4, scale_bits=bits)
+    step, k = form.scale_step, form.scale.detach() / form.scale_step
+    torch.testing.assert_close(k, k.round(), atol=1e-3, rtol=0)
+    assert float(k.max()) == pytest.approx(2**bits - 1)
+    assert float(k.min()) >= 1
+    held = plain.scale > step / 2  # smaller ones become one step, as none may be zero
+    gap = (form.scale - plain.scale).abs().detach()
+    assert bool((gap[held] <= (step / 2 * (1 + 1e-5)).expand_as(gap)[held]).all())
+    assert plain.bits() - form.bits() == 6 * 16 * (32 - bits) - 6 * 32
+
+
+def test_no_scale_on_a_grid_is_zero():
+    weight = torch.ones(2, 8)
+    weight[:, :4] = 1e-6
+    form = grouped(Dense(weight), 4, scale_bits=4)
+    assert float((form.scale / form.scale_step).min()) == 1
+
+
+def test_scales_that_were_trained_are_stored_as_floats():
+    form = grouped(Dense(torch.randn(3, 12)), 4, scale_bits=8)
+    before = form.bits()
+    with torch.no_grad():
+        form.scale[0, 1] *= 1.01
+    assert form.bits() == before + 9 * (32 - 8) - 3 * 32
+    identical(rebuilt(form).dense(), form.dense())
+    assert "scale_bits" not in form.spec()
+
+
+@pytest.mark.parametrize("spec", [{"scale_bits": 1}, {"scale_bits": "8"}, {"scale_bits": 99}])
+def test_scales_of_absurd_widths_are_refused(spec):
+    form = grouped(Dense(torch.randn(3, 12)), 4, scale_bits=8)
+    parts = {name: tensor for name, (tensor, _) in packed.store(form).items()}
+    with pytest.raises(Damaged, match="scales of"):
+        packed.restore(form.spec() | spec, parts, [3, 12])
+    with pytest.raises(Damaged, match="steps of the shape"):
+        packed.restore(form.spec(), parts | {"scale_step": torch.ones(2, 1)}, [3, 12])

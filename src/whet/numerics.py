@@ -137,6 +137,13 @@ def uniform_grid(
     return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
 
 
+def scales_on_grid(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """t and k with S ~ t k: k whole, 1 .. 2^b-1, t = max S / (2^b-1) of each row of S [out, n]."""
+    top = 2**bits - 1
+    t = scale.detach().amax(dim=1, keepdim=True) / top
+    return t, torch.round(scale.detach() / t).clamp(1, top)
+
+
 def on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) -> Tensor:
     """x_hat, the value on the grid that is nearest to x."""
     codes = quantize(x, scale, zero, *integer_range(bits, symmetric))

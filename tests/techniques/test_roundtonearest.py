@@ -202,3 +202,22 @@ def test_scales_by_shifts(apply, kind, grid):
             latent = form.inner.dense().detach()
             step = form.grid(latent)[0]
             assert bool(((module.weight - latent).abs() <= step / 2 * (1 + 1e-4)).all()), path
+
+
+@pytest.mark.parametrize("kind", [RoundToNearest, Gptq, Awq, Hqq])
+def test_scales_on_grids_come_back_from_the_file(apply, kind, tmp_path):
+    task = tiny_task("plain_cnn")
+    plain, model = (
+        apply(task, kind(bits=4, group=16, scale_bits=bits)).model.eval() for bits in (None, 8)
+    )
+    forms = [form for *_, form in packed.forms(model) if isinstance(form, packed.Grouped)]
+    assert forms
+    assert all(form.spec()["scale_bits"] == 8 for form in forms)
+    saved = [len(artifact.encode(each, task.example)) for each in (plain, model)]
+    count = sum(form.scale.numel() for form in forms)
+    assert saved[0] - saved[1] > 2 * count  # of three bytes a scale; steps take some of them
+    again = artifact.decode(artifact.encode(model, task.example), tiny_task("plain_cnn").model)
+    assert torch.equal(again(*task.example), model(*task.example))
+    with torch.no_grad():
+        far = numerics.relative(model(*task.example), plain(*task.example))
+    assert 0 < far < 0.1

@@ -311,7 +311,11 @@ class Grouped(Affine):
         bits_wide: 2 to 16.
         symmetric: codes on both sides of zero, or 0 .. 2^b-1.
         group: inputs that share a scale.
+        scale_bits: of a scale, which then is k times a step that the output's scales share; None
+            for floats.
     """
+
+    scale_step: Tensor | None
 
     def __init__(
         self,
@@ -322,9 +326,15 @@ class Grouped(Affine):
         bits_wide: int,
         symmetric: bool,
         group: int,
+        scale_bits: int | None = None,
     ) -> None:
+        step = None
+        if scale_bits is not None:
+            step, k = numerics.scales_on_grid(scale, scale_bits)
+            scale = step * k
         super().__init__(inner, scale, zero_point, bits_wide=bits_wide, symmetric=symmetric, axis=0)
-        self.group = group
+        self.group, self.scale_bits = group, scale_bits
+        self.register_buffer("scale_step", step)
 
     @classmethod
     def _over(cls, table: Tensor, shape: list[int], spec: Mapping[str, Any]) -> Tensor:
@@ -337,9 +347,51 @@ class Grouped(Affine):
                 "cut the inputs of a weight", f"its scales hold for {self.group} of them", CUT_FIRST
             )
         super().take(dim, index)
+        if self.scale_step is not None:
+            self.scale_step = self.scale_step[index]
+
+    def _scale_codes(self) -> Tensor | None:
+        """k of each scale; None where scales are floats, as after a training of theirs."""
+        if self.scale_step is None:
+            return None
+        k = torch.round(self.scale.detach() / self.scale_step)
+        return k if torch.equal(self.scale_step * k, self.scale) else None
 
     def spec(self) -> dict[str, Any]:
-        return super().spec() | {"form": "Grouped", "group": self.group}
+        said = super().spec() | {"form": "Grouped", "group": self.group}
+        return said if self._scale_codes() is None else said | {"scale_bits": self.scale_bits}
+
+    def payload(self, support: Tensor | None) -> dict[str, tuple[Tensor, int]]:
+        parts, k = super().payload(support), self._scale_codes()
+        if k is not None:
+            assert self.scale_step is not None and self.scale_bits is not None
+            parts["scale"] = k.to(torch.int32), self.scale_bits
+            parts["scale_step"] = self.scale_step, 32
+        return parts
+
+    @staticmethod
+    def _read(spec: Mapping[str, Any], parts: Parts) -> dict[str, Tensor]:
+        """The parts with scales as floats."""
+        if "scale_bits" not in spec or parts["scale"].is_floating_point():
+            return dict(parts)
+        return {
+            **parts,
+            "scale": parts["scale_step"] * parts["scale"].to(parts["scale_step"].dtype),
+        }
+
+    @classmethod
+    def check(cls, spec: Mapping[str, Any], parts: Parts, shape: list[int]) -> None:
+        bits = spec.get("scale_bits", 8)
+        steps = tuple(parts["scale_step"].shape) if "scale_bits" in spec else (shape[0], 1)
+        if type(bits) is not int or not 2 <= bits <= 16 or steps != (shape[0], 1):
+            raise damaged(f"scales of {bits!r} bits with steps of the shape {list(steps)}")
+        super().check(spec, cls._read(spec, parts), shape)
+
+    @classmethod
+    def values(
+        cls, spec: Mapping[str, Any], parts: Parts, shape: list[int], mask: Tensor | None
+    ) -> Tensor:
+        return super().values(spec, cls._read(spec, parts), shape, mask)
 
     @classmethod
     def _tables(cls, spec: Mapping[str, Any], shape: list[int]) -> tuple[int, ...]:
@@ -350,14 +402,20 @@ class Grouped(Affine):
     @classmethod
     def built(cls, spec: Mapping[str, Any], parts: Parts, inner: Tensor | Packed) -> Packed:
         assert isinstance(inner, Packed)
-        return cls(
+        parts = cls._read(spec, parts)
+        form = cls(
             inner,
             parts["scale"],
             _zero_point(parts),
             bits_wide=int(spec["bits"]),
             symmetric=bool(spec["symmetric"]),
             group=spec["group"],
+            scale_bits=spec.get("scale_bits"),
         )
+        if "scale_step" in parts:  # as stored: a maximum over its step may lose the last bit
+            form.scale_step = parts["scale_step"].clone()
+            form.scale = nn.Parameter(parts["scale"].clone(), requires_grad=False)
+        return form
 
     def _each(self) -> str:
         return f"per {self.group} inputs"

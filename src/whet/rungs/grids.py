@@ -24,6 +24,10 @@ class GridTechnique(LayerTechnique):
     group: Annotated[
         int, Field(ge=0, description="consecutive inputs that share a scale; 0 for all of them")
     ] = 128
+    scale_bits: Annotated[
+        Annotated[int, Field(ge=4, le=16)] | None,
+        Field(description="of the scales of groups, which then share a step an output"),
+    ] = None
 
     def share(self, inputs: int) -> int:
         """How many of a filter's `inputs` share a scale."""
@@ -38,7 +42,13 @@ class GridTechnique(LayerTechnique):
             )
         group = self.share(inputs)
         return packed.Grouped(
-            leaf, scale, zero, bits_wide=self.bits, symmetric=symmetric, group=group
+            leaf,
+            scale,
+            zero,
+            bits_wide=self.bits,
+            symmetric=symmetric,
+            group=group,
+            scale_bits=self.scale_bits,
         )
 
     def pack_each(self, work: Work, pack: Callable[[Tensor], packed.Packed]) -> None:
