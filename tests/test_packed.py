@@ -502,3 +502,9 @@ def test_scales_of_absurd_widths_are_refused(spec):
         packed.restore(form.spec() | spec, parts, [3, 12])
     with pytest.raises(Damaged, match="steps of the shape"):
         packed.restore(form.spec(), parts | {"scale_step": torch.ones(2, 1)}, [3, 12])
+
+
+def test_scales_on_grids_come_back_to_the_last_bit():
+    torch.manual_seed(0)
+    form = grouped(Dense(torch.randn(500, 12)), 4, scale_bits=8)
+    identical(rebuilt(form).scale, form.scale)
