@@ -403,7 +403,7 @@ class Grouped(Affine):
     def built(cls, spec: Mapping[str, Any], parts: Parts, inner: Tensor | Packed) -> Packed:
         assert isinstance(inner, Packed)
         parts = cls._read(spec, parts)
-        form = cls(
+        return cls(
             inner,
             parts["scale"],
             _zero_point(parts),
@@ -412,10 +412,6 @@ class Grouped(Affine):
             group=spec["group"],
             scale_bits=spec.get("scale_bits"),
         )
-        if "scale_step" in parts:  # as stored: a maximum over its step may lose the last bit
-            form.scale_step = parts["scale_step"].clone()
-            form.scale = nn.Parameter(parts["scale"].clone(), requires_grad=False)
-        return form
 
     def _each(self) -> str:
         return f"per {self.group} inputs"
