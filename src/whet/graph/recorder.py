@@ -134,6 +134,9 @@ def record(model: nn.Module, example: tuple[Any, ...]) -> Recorder:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         # torch.export leaves cuDNN out as well
         with torch.backends.cudnn.flags(enabled=False), recorder.recording():
-            outputs = model(*example)
+            try:
+                outputs = model(*example)
+            except Exception as error:
+                raise Unrecorded(str(error)) from error
         recorder.graph.output(tuple(recorder.node(out) for out in pytree.tree_leaves(outputs)))
     return recorder

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from whet import packed
 from whet.errors import BadInput
 from whet.graph import sites
-from whet.graph.recorder import record
+from whet.graph.recorder import Unrecorded, record
 
 
 def baked(model: nn.Module) -> tuple[nn.Module, dict[str, packed.Packed]]:
@@ -86,7 +86,7 @@ def trace(model: nn.Module, example: tuple[Any, ...]) -> Trace:
     try:
         with sites.recorded() as calls:
             found = record(twin, example)
-    except Exception:  # whatever it was, torch.export follows it or says why not
+    except Unrecorded:  # torch.export follows it or says why not
         return exported(twin, example)
     return Trace(list(found.graph.nodes), found.tensors, tuple(found.inputs), calls)
 
