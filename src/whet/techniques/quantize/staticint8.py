@@ -4,9 +4,9 @@
                  -63 .. 63 where the processor would overflow
     activations  q = clamp(round(x / S) + Z, 0, 255),        S = (max - min) / 255, per tensor
 
-min and max of activations are the extremes (ranges=minmax), their averages over the batches (moving),
-quantiles (percentile), or those with the least squared error (mse) or divergence (kl). With `shifts`
-every S is rounded up to a power of two.
+min and max of activations are the extremes (ranges=minmax), their averages over the batches
+(moving), quantiles (percentile), or those with the least squared error (mse) or divergence (kl).
+With `shifts` every S is rounded up to a power of two.
 
 Paper: Jacob et al. 2017, Quantization and Training of Neural Networks for Efficient
     Integer-Arithmetic-Only Inference; ranges after Krishnamoorthi 2018.
