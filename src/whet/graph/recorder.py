@@ -1,6 +1,6 @@
 """The graph that `torch.export` would give, written down while the network runs once.
 
-Exporting traces a network several times over, on fake tensors; it takes twenty times as long as
+Exporting traces a network several times over, on fake tensors; it takes several times as long as
 this. A mode sees every ATen call before it is taken apart, as export does, and writes a node. What
 needs more than that is left to export: branches on values, tensors that no call made.
 """
