@@ -152,10 +152,7 @@ def test_scales_by_shifts_hold_the_range(low, high, bits):
 def test_how_numbers_are_made_whole():
     torch.manual_seed(0)
     u = 5 * torch.randn(2000)
-    nearest, cut, drawn = (
-        numerics.integers(u, how) for how in ("nearest", "truncate", "stochastic")
-    )
-    assert float((nearest - u).abs().max()) <= 0.5
+    cut, drawn = (numerics.integers(u, how) for how in ("truncate", "stochastic"))
     assert torch.equal(cut, u.sign() * u.abs().floor())
     for whole in (cut, drawn):
         assert torch.equal(whole, whole.round())
@@ -164,6 +161,5 @@ def test_how_numbers_are_made_whole():
     assert float((mean - u).abs().max()) < 0.05  # six standard deviations
     exact = torch.arange(-4.0, 5.0)
     assert all(
-        torch.equal(numerics.integers(exact, how), exact)
-        for how in ("nearest", "truncate", "stochastic")
+        torch.equal(numerics.integers(exact, how), exact) for how in ("truncate", "stochastic")
     )

@@ -508,3 +508,10 @@ def test_scales_on_grids_come_back_to_the_last_bit():
     torch.manual_seed(0)
     form = grouped(Dense(torch.randn(500, 12)), 4, scale_bits=8)
     identical(rebuilt(form).scale, form.scale)
+
+
+def test_computing_a_weight_looks_at_no_number():
+    """So that torch can compile and export a network with any form in it."""
+    for kind in KINDS:
+        form = build(kind, SHAPES["linear"], 4).to("meta")
+        assert form.dense().shape == SHAPES["linear"], kind

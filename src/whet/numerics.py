@@ -54,18 +54,12 @@ def power_of_two(scale: Tensor) -> Tensor:
     return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
 
 
-Rounding = Literal["nearest", "stochastic", "truncate"]
+def integers(u: Tensor, how: Literal["stochastic", "truncate"]) -> Tensor:
+    """A whole number less than 1 away from each u.
 
-
-def integers(u: Tensor, how: Rounding) -> Tensor:
-    """A whole number beside each u.
-
-    nearest      round(u), at most 1/2 away
-    stochastic   floor(u + r), r uniform in [0, 1): u on average, less than 1 away
-    truncate     sign(u) floor(|u|): never larger than u, less than 1 away
+    stochastic   floor(u + r), r uniform in [0, 1): u on average
+    truncate     sign(u) floor(|u|): never larger than u
     """
-    if how == "nearest":
-        return u.round()
     return u.trunc() if how == "truncate" else (u + torch.rand_like(u)).floor()
 
 

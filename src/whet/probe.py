@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +33,6 @@ from whet.graph.trace import baked
 from whet.measure import cost, latency
 from whet.rungs.criteria import gradients
 from whet.runner import seed_all
-from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
 from whet.task import Task, evaluate, limited, tensors_in
 from whet.technique import Technique, Work
@@ -195,22 +193,9 @@ def _try(
     if curvature is not None:
         row |= predictions(task.model, small, curvature)
     if target is not None:
-        row["latency"] = _ratio(task, small, target, threads)
+        pair = task.model, small
+        row["latency"] = latency.between(target, pair, task.example, threads, rounds=20)
     return row | {"seconds": round(time.perf_counter() - began, 3)}
-
-
-def _ratio(task: Task, small: nn.Module, target: Target, threads: int) -> dict[str, Any]:
-    """The latency of the deployed file over the original's, measured in turns."""
-    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
-        pair = [
-            latency.Variant(
-                n, Deployable(m, task.example, target).write(Path(folder) / f"{n}.onnx")
-            )
-            for n, m in (("original", task.model), ("option", small))
-        ]
-        inputs = as_arrays(task.example)
-        times = latency.time_together(target, pair, inputs, threads, rounds=20)
-    return latency.compare(times["original"], times["option"])
 
 
 def _curvature(model: nn.Module, task: Task, examples: int) -> dict[str, tuple[Tensor, Tensor]]:

@@ -255,7 +255,7 @@ def test_least_divergence_keeps_a_flat_range_and_drops_far_values():
     low, high = far.least_divergence(4)
     assert low == 0.0
     assert 15.0 <= high < 30.0  # a quarter is the least that is tried
-    found = {r: far._divergence(far.centres(), *numerics.affine_scale(0.0, r, 4), 4)
+    found = {r: far._divergence(*numerics.affine_scale(0.0, r, 4), 4)
              for r in (high, 60.0)}  # fmt: skip
     assert 0 <= found[high] < found[60.0]
 
@@ -277,7 +277,7 @@ def test_divergence_is_that_of_the_two_distributions(bits):
     P, Q = P / P.sum(), Q / Q.sum()
     want = float((P[P > 0] * (P[P > 0] / Q[P > 0]).log()).sum())
     assert want > 0
-    assert math.isclose(histogram._divergence(x, scale, zero, bits), want, rel_tol=1e-9)
+    assert math.isclose(histogram._divergence(scale, zero, bits), want, rel_tol=1e-9)
 
 
 def test_moving_averages_of_the_extremes():

@@ -338,3 +338,13 @@ def test_a_shared_module_is_replaced_everywhere_and_stays_shared():
     assert model[0] is model[2] is not one
     surgery.take(model, "0.weight", 0, [1, 2])
     assert model[2].out_features == 2
+
+
+def test_a_weight_tied_into_a_module_that_went_is_still_cut():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4)), nn.Linear(4, 4))
+    model[1][0].weight = model[2].weight = model[0].weight
+    surgery.take(model, "0.weight", 1, [0, 1, 2])  # the search is remembered
+    surgery.replace(model, "1", nn.Identity())
+    surgery.take(model, "0.weight", 0, [3, 1])
+    assert model[2].weight is model[0].weight
+    assert model[2].out_features == 2

@@ -12,6 +12,7 @@ from whet import catalog, numerics, packed
 from whet.graph import sites, surgery
 from whet.graph.ledger import Grid, ledger
 from whet.graph.trace import baked, export
+from whet.rungs import static
 from whet.rungs.layers import weights
 from whet.rungs.static import MOVES
 from whet.targets import processor
@@ -21,7 +22,6 @@ from whet.technique import Need, Work
 from whet.techniques.factorize.svd import Svd
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude
-from whet.techniques.quantize import staticint8
 from whet.techniques.quantize.staticint8 import StaticInt8, placement
 from whet.testing import NETWORKS, tiny_task
 
@@ -329,7 +329,7 @@ def test_a_narrow_grid_clips_and_rounds_as_a_wide_one():
 @pytest.mark.parametrize(("features", "bits"), [(("avx2",), 7), (("avx2", "avx_vnni"), 8)])
 def test_weights_get_as_many_bits_as_the_targets_sum_exactly(monkeypatch, features, bits):
     chip = processor.Processor("a chip", "x86_64", 2, features)
-    monkeypatch.setattr(staticint8, "here", lambda: chip)
+    monkeypatch.setattr(static, "here", lambda: chip)
     task = tiny_task("plain_cnn")
 
     def noted(**knobs):
@@ -345,7 +345,9 @@ def test_weights_get_as_many_bits_as_the_targets_sum_exactly(monkeypatch, featur
     assert noted(weight_bits=4) == ({4}, [])
     widths, notes = noted(weight_bits=8)
     assert widths == {8}
-    told = "weights of 8 bits overflow on a chip where activations are large; 7 bits do not."
+    told = (
+        "weights of 8 bits overflow on this processor where activations are large; 7 bits do not."
+    )
     assert notes == ([told] if bits == 7 else [])
 
 
@@ -358,9 +360,9 @@ def test_only_what_all_targets_run_on_integers_gets_a_grid():
     class Narrow(OnnxRuntime):
         integer_ops = frozenset(["conv2d", "linear"])
 
-    both = staticint8.integer_ops([OnnxRuntime(), Narrow()])
+    both = static.integer_ops([OnnxRuntime(), Narrow()])
     assert both == Narrow.integer_ops
-    assert staticint8.integer_ops([]) == INTEGER_OPS
+    assert static.integer_ops([]) == INTEGER_OPS
     calls = sites.calls(tiny_task("residual_cnn").model, tiny_task("residual_cnn").example)
     assert set(placement(calls, (), both)) < set(placement(calls))
 

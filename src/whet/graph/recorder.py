@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,9 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.schema_check_mode import SchemaCheckMode
 from torch.fx import Graph
 from torch.fx.traceback import get_current_meta
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
+
+from whet.graph import sites
 
 
 class Unrecorded(Exception):
@@ -42,9 +41,6 @@ class Recorder(SchemaCheckMode):
         self._dispatch_key = torch._C.DispatchKey.PreDispatch  # type: ignore[attr-defined]
         self.graph, self.tensors, self.inputs = Graph(), {}, []
         self.nodes: Any = WeakIdKeyDictionary()
-        self.paths = {id(m): path for path, m in model.named_modules()}
-        self.stack: list[tuple[str, Any]] = []
-        self.thread = threading.get_ident()
         for name, tensor in itertools.chain(
             model.named_parameters(remove_duplicate=False),
             model.named_buffers(remove_duplicate=False),
@@ -61,29 +57,6 @@ class Recorder(SchemaCheckMode):
                 if value in self.nodes:
                     raise Unrecorded("one tensor is given twice")
                 self.nodes[value] = node
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """See every call and know the module that makes it."""
-        with ExitStack() as held:
-            for handle in (
-                register_module_forward_pre_hook(self._down),
-                register_module_forward_hook(self._up, always_call=True),
-            ):
-                held.callback(handle.remove)
-            held.enter_context(torch._C._EnablePythonDispatcher())
-            held.enter_context(torch._C._EnablePreDispatch())
-            held.enter_context(self)
-            yield
-
-    def _down(self, module: nn.Module, _: Any) -> None:
-        if threading.get_ident() == self.thread:
-            known = self.stack[-1][0] if self.stack else ""
-            self.stack.append((self.paths.get(id(module), known), type(module)))
-
-    def _up(self, module: nn.Module, _: Any, __: Any) -> None:
-        if threading.get_ident() == self.thread:
-            self.stack.pop()
 
     def node(self, value: Any) -> Any:
         """The node that made a tensor; other values as they are."""
@@ -105,7 +78,7 @@ class Recorder(SchemaCheckMode):
         node = self.graph.call_function(func, *given)
         node.meta = {
             "val": pytree.tree_map_only(Tensor, outline, out),
-            "nn_module_stack": {path: (path, kind) for path, kind in self.stack},
+            "nn_module_stack": {path: (path, "") for path in sites.stack()},
             "custom": dict(get_current_meta().get("custom") or {}),
         }
         if isinstance(out, Tensor):
@@ -127,16 +100,25 @@ def outline(tensor: Tensor) -> Tensor:
 def record(model: nn.Module, example: tuple[Any, ...]) -> Recorder:
     """Run `model` once and write down what it calls.
 
+    Args:
+        model: in eval mode, with its sites active, which know the module that makes a call.
+        example: its inputs.
+
     Raises:
         Unrecorded: it does something that only `torch.export` can follow, or says why it cannot.
     """
     recorder = Recorder(model, pytree.tree_leaves(example))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with ExitStack() as how:
+        how.enter_context(torch.no_grad())
+        how.enter_context(torch.random.fork_rng(devices=[]))
         # torch.export leaves cuDNN out as well
-        with torch.backends.cudnn.flags(enabled=False), recorder.recording():
-            try:
-                outputs = model(*example)
-            except Exception as error:
-                raise Unrecorded(str(error)) from error
-        recorder.graph.output(tuple(recorder.node(out) for out in pytree.tree_leaves(outputs)))
+        how.enter_context(torch.backends.cudnn.flags(enabled=False))
+        how.enter_context(torch._C._EnablePythonDispatcher())
+        how.enter_context(torch._C._EnablePreDispatch())
+        how.enter_context(recorder)
+        try:
+            outputs = model(*example)
+        except Exception as error:
+            raise Unrecorded(str(error)) from error
+    recorder.graph.output(tuple(recorder.node(out) for out in pytree.tree_leaves(outputs)))
     return recorder

@@ -271,6 +271,12 @@ def _on(mode: SiteMode) -> Iterator[None]:
         modes.pop()
 
 
+def stack() -> list[str]:
+    """The paths of the modules whose forward runs now, outermost first, in a network with sites."""
+    modes = _running.__dict__.get("modes", ())
+    return [path for path in modes[-1].path if path is not None] if modes else []
+
+
 class _Sited:
     """`forward` of a network whose ledger acts: the same call with a `SiteMode` around it.
 

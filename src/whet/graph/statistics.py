@@ -90,42 +90,45 @@ class Histogram:
         high = float(centres[int((total >= 1 - tail).nonzero()[0])]) + half
         return max(self.low, low), min(self.high, high)
 
-    def least_squares(self, bits: int, steps: int = 64) -> tuple[float, float]:
-        """The range whose affine grid of `bits` bits has the least squared error.
+    def squared_error(self, scale: float, zero: int, bits: int) -> float:
+        """sum (x_hat - x)^2 of the values on an affine grid."""
+        x, (s, z) = self.centres(), (torch.tensor(v, dtype=torch.float64) for v in (scale, zero))
+        return float(
+            ((numerics.on_grid(x, s, z, bits, symmetric=False) - x).square() * self.counts).sum()
+        )
 
-        Both ends shrink towards zero together, from the exact range to a quarter of it; the exact
-        range is tried too, so the result is never worse than `minmax` on the histogram.
-        """
-        x, best, least = self.centres(), self.minmax(), math.inf
-        for step in range(steps + 1):
-            share = 1 - 0.75 * step / steps
-            low, high = self.low * share, self.high * share
-            scale, zero = numerics.affine_scale(low, high, bits)
-            s, z = torch.tensor(scale).double(), torch.tensor(zero).double()
-            q = numerics.quantize(x, s, z, *numerics.integer_range(bits, symmetric=False))
-            error = float(((numerics.dequantize(q, s, z) - x).square() * self.counts).sum())
-            if error < least:
-                best, least = (low, high), error
-        return best
+    def least_squares(self, bits: int) -> tuple[float, float]:
+        """The range whose affine grid of `bits` bits has the least squared error."""
+        return self._least(self.squared_error, bits)
 
-    def least_divergence(self, bits: int, steps: int = 64) -> tuple[float, float]:
+    def least_divergence(self, bits: int) -> tuple[float, float]:
         """The range for which the values on the grid are distributed most like those before.
 
         KL(P | Q) = sum P log(P / Q): P are the counts of the bins inside that are not empty, with
         what lies outside in the first and the last of them; Q gives each the mean, outside left
-        out, of those that share its code. Ranges as in `least_squares`.
+        out, of those that share its code.
         """
-        x, best, least = self.centres(), self.minmax(), math.inf
+        return self._least(self._divergence, bits)
+
+    def _least(
+        self, harm: Callable[[float, int, int], float], bits: int, steps: int = 64
+    ) -> tuple[float, float]:
+        """The range with the least harm(S, Z, bits).
+
+        Both ends shrink towards zero together, from the exact range to a quarter of it; the exact
+        range is tried too, so the result is never worse than `minmax` on the histogram.
+        """
+        best, least = self.minmax(), math.inf
         for step in range(steps + 1):
             share = 1 - 0.75 * step / steps
             low, high = self.low * share, self.high * share
-            found = self._divergence(x, *numerics.affine_scale(low, high, bits), bits)
+            found = harm(*numerics.affine_scale(low, high, bits), bits)
             if found < least:
                 best, least = (low, high), found
         return best
 
-    def _divergence(self, x: Tensor, scale: float, zero: int, bits: int) -> float:
-        codes = (x / scale).round().long() + zero
+    def _divergence(self, scale: float, zero: int, bits: int) -> float:
+        codes = (self.centres() / scale).round().long() + zero
         inside = (codes >= 0) & (codes < 2**bits) & (self.counts > 0)
         mine, P = codes[inside], self.counts[inside].clone()
         none = torch.zeros(2**bits, dtype=torch.float64)

@@ -242,8 +242,8 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     for each in names:
         parent, leaf = split_name(each)
         model.get_submodule(parent)._modules[leaf] = module
-    if len(names) > 1 or any(True for _ in module.children()):
-        ledger(model).shared = None
+    if len(names) > 1 or any(True for each in (old, module) for _ in each.children()):
+        ledger(model).shared = None  # names below come or go
     ledger(model).edits.append(Edit("replace", path, spec))
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from whet.targets.onnxfile import Deployable
+from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
 
 SAME = 0.03  # ratios within this of 1 are called the same
@@ -74,6 +76,23 @@ def time_together(
         table = np.array(times)
         found[variant.name] = Timing(np.median(table, axis=1), table.reshape(-1), kernels)
     return found
+
+
+def between(
+    target: Target,
+    nets: tuple[nn.Module, nn.Module],
+    example: tuple[Any, ...],
+    threads: int,
+    rounds: int,
+) -> dict[str, Any]:
+    """`compare` of two networks' deployed files, the second over the first."""
+    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
+        variants = [
+            Variant(n, Deployable(net, example, target).write(Path(folder) / f"{n}.onnx"))
+            for n, net in zip(("before", "after"), nets, strict=True)
+        ]
+        times = time_together(target, variants, as_arrays(example), threads, rounds)
+    return compare(times["before"], times["after"])
 
 
 def compare(before: Timing, after: Timing, seed: int = 0) -> dict[str, Any]:

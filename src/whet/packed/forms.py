@@ -187,8 +187,12 @@ class Affine(Packed):
 
     def grid(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """S and Z, shaped to broadcast over x, a tensor of the weight's shape."""
-        shape, spec = list(x.shape), self.spec()
-        return self._over(self.scale, shape, spec), self._over(self.zero_point, shape, spec)
+        shape, layout = list(x.shape), self._layout()
+        return self._over(self.scale, shape, layout), self._over(self.zero_point, shape, layout)
+
+    def _layout(self) -> dict[str, Any]:
+        """What `_over` reads of a description; that itself looks at every number of the form."""
+        return {"axis": self.axis}
 
     def codes(self) -> Tensor:
         """q, as floating-point integers of the weight's shape."""
@@ -335,6 +339,9 @@ class Grouped(Affine):
         super().__init__(inner, scale, zero_point, bits_wide=bits_wide, symmetric=symmetric, axis=0)
         self.group, self.scale_bits = group, scale_bits
         self.register_buffer("scale_step", step)
+
+    def _layout(self) -> dict[str, Any]:
+        return {"group": self.group}
 
     @classmethod
     def _over(cls, table: Tensor, shape: list[int], spec: Mapping[str, Any]) -> Tensor:

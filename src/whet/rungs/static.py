@@ -15,7 +15,7 @@ from whet.errors import Refused
 from whet.graph import folding, sites, statistics
 from whet.graph.ledger import Grid
 from whet.rungs.layers import Skip, skipped, weights
-from whet.targets.processor import Processor
+from whet.targets.processor import here
 from whet.targets.target import INTEGER_OPS, Target
 from whet.technique import Need, Technique, Work
 
@@ -129,24 +129,13 @@ class StaticTechnique(Technique):
         return Grid(*numerics.affine_scale(low, high, bits, self.shifts), 0, 2**bits - 1)
 
 
-def most_bits(work: Work, processor: Processor, asked: int | None) -> int:
-    """Bits of weights that every target sums exactly on this processor.
-
-    Args:
-        work: with the targets.
-        processor: where they run.
-        asked: bits that the user wants; None where that is open.
-    """
-    most = min((t.weight_bits(processor) for t in work.targets), default=8)
-    if most < 8 and asked is None:
+def most_bits(work: Work, wished: int) -> int:
+    """Bits of weights that every target sums exactly here; says so where they are fewer."""
+    most = min((target.weight_bits(here()) for target in work.targets), default=8)
+    if most < wished:
         work.notes.append(
-            f"weights get {most} bits: {processor.name} adds products of bytes in pairs, and "
-            "with 8 bits the sums would overflow."
-        )
-    elif most < (asked or 0):
-        work.notes.append(
-            f"weights of {asked} bits overflow on {processor.name} where "
-            f"activations are large; {most} bits do not."
+            f"weights get {most} bits: {here().name} adds products of bytes in pairs, and "
+            f"with {wished} bits the sums would overflow."
         )
     return most
 

@@ -21,9 +21,7 @@ Costs: with L layers and K choices at most 2 + 2 L K + L evaluations, L K of the
 from __future__ import annotations
 
 import copy
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -35,8 +33,6 @@ from whet.graph import sites, surgery, trace
 from whet.measure import latency
 from whet.rungs import sensitivity
 from whet.rungs.static import StaticTechnique, integer_ops, most_bits, placement
-from whet.targets.onnxfile import Deployable, as_arrays
-from whet.targets.processor import here
 from whet.task import evaluate, limited
 from whet.technique import Need, Work
 
@@ -108,7 +104,7 @@ class Search:
         self.technique, self.work = technique, work
         layers = dict(technique.folded(work))
         self.base, self.paths = work.model.eval(), list(layers)
-        most = most_bits(work, here(), None if max(technique.choices) == 8 else 2)
+        most = most_bits(work, max(technique.choices))
         widths = sorted({min(b, most) for b in technique.choices})
         self.timed = technique.objective == "latency"
         # runtimes keep fewer bits in bytes, and compute with these as fast
@@ -274,16 +270,9 @@ class Search:
         return self.ratio(self.built(one.levels), self.built(other.levels))["verdict"] == "slower"
 
     def ratio(self, one: nn.Module, other: nn.Module) -> dict[str, Any]:
-        """The latency of the other network over the one's, measured in turns."""
+        """The latency of the other network over the one's, in the first target."""
         target, example = self.work.targets[0], self.work.task.example
-        with tempfile.TemporaryDirectory(prefix="whet-") as folder:
-            pair = [
-                latency.Variant(n, Deployable(m, example, target).write(Path(folder) / f"{n}.onnx"))
-                for n, m in (("one", one), ("other", other))
-            ]
-            inputs, rounds = as_arrays(example), self.technique.rounds
-            times = latency.time_together(target, pair, inputs, threads=1, rounds=rounds)
-        return latency.compare(times["one"], times["other"])
+        return latency.between(target, (one, other), example, 1, self.technique.rounds)
 
     def report(self, best: Seen) -> None:
         """Say what was found, and in how many evaluations."""

@@ -37,14 +37,11 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from whet import numerics, packed, solve
+from whet import packed, solve
 from whet.errors import Refused
 from whet.graph import sites, surgery, trace
-from whet.graph.ledger import Grid
-from whet.graph.statistics import Histogram
 from whet.rungs import sensitivity
 from whet.rungs.static import StaticTechnique, inputs_of, integer_ops, most_bits, placement
-from whet.targets.processor import here
 from whet.technique import Work
 
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -97,7 +94,7 @@ class MixedPrecision(StaticTechnique):
     def quantize(self, work: Work) -> None:
         """The same, on a network that may be spoilt."""
         layers = dict(self.folded(work))
-        most = most_bits(work, here(), None if max(self.choices) == 8 else max(self.choices))
+        most = most_bits(work, max(self.choices))
         calls = sites.calls(work.model, work.task.example)
         plan = placement(calls, self.skip, integer_ops(work.targets))
         reads = {p: s for p, s in inputs_of(calls, plan).items() if p in layers}
@@ -186,7 +183,9 @@ class Tables:
                     surgery.set_grids(twin, {site: grid})
                     self.omega[site][b] = sensitivity.deviation(twin, known)
                 else:
-                    error = mean_squared_error(found[site], grid, b)
+                    values = found[site]
+                    error = values.squared_error(grid.scale, grid.zero_point, b)
+                    error /= float(values.counts.sum())
                     self.omega[site][b] = omega(traces[1][site], error)
 
     def limits(self, reads: Mapping[str, str]) -> dict[str, float]:
@@ -234,14 +233,6 @@ class Tables:
 def omega(trace: float, error: float) -> float:
     """Omega = 1/2 tr(H) times the mean squared error of what was rounded."""
     return 0.5 * trace * error
-
-
-def mean_squared_error(histogram: Histogram, grid: Grid, bits: int) -> float:
-    """E(Q(x) - x)^2 of the values of a histogram on an affine grid."""
-    x = histogram.centres()
-    s, z = torch.tensor(grid.scale).double(), torch.tensor(grid.zero_point).double()
-    error = numerics.on_grid(x, s, z, bits, symmetric=False) - x
-    return float((error.square() * histogram.counts).sum() / histogram.counts.sum())
 
 
 def joined(one: Candidate, other: Candidate) -> Candidate:

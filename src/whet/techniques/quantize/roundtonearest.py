@@ -22,7 +22,7 @@ Needs: nothing. Costs: nothing; ranges="mse" tries 40 ranges.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -39,7 +39,8 @@ class RoundToNearest(RangeTechnique):
     kinds: ClassVar[tuple[type[nn.Module], ...]] = MATMULS + TABLES
 
     rounding: Annotated[
-        numerics.Rounding, Field(description="which of the two values beside it a weight takes")
+        Literal["nearest", "stochastic", "truncate"],
+        Field(description="which of the two values beside it a weight takes"),
     ] = "nearest"
 
     def apply(self, work: Work) -> None:

@@ -30,7 +30,6 @@ from whet import packed
 from whet.graph import sites, surgery
 from whet.rungs.layers import skipped
 from whet.rungs.static import StaticTechnique, integer_ops, most_bits, placement, wide
-from whet.targets.processor import here
 from whet.technique import Work
 
 
@@ -56,8 +55,13 @@ class StaticInt8(StaticTechnique):
 
     def apply(self, work: Work) -> None:
         layers = self.folded(work)
-        most = most_bits(work, here(), self.weight_bits)
+        most = most_bits(work, 0 if self.weight_bits else 8)
         few = self.weight_bits or most
+        if few > most:
+            work.notes.append(
+                f"weights of {few} bits overflow on this processor where activations are large; "
+                f"{most} bits do not."
+            )
         for path, module in layers:
             bits = most if skipped(path, self.eight) else few
             packed.rewrite(module, "weight", lambda w, bits=bits: self.pack(w, bits))
