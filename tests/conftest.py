@@ -38,6 +38,24 @@ def apply():
 
 
 @pytest.fixture
+def interrupted():
+    """What is left when a technique that trains, the last one, is stopped at its first step."""
+
+    def stop(task, *techniques):
+        work = applied(task, *techniques[:-1])
+
+        def broken(done, of):
+            raise KeyboardInterrupt
+
+        work.tell = broken
+        with pytest.raises(KeyboardInterrupt):
+            techniques[-1].apply(work)
+        return work
+
+    return stop
+
+
+@pytest.fixture
 def refuses():
     """Check that a technique refuses with a text and leaves the network as it was."""
 

@@ -7,11 +7,10 @@ import onnx
 import pytest
 import torch
 
-from whet import catalog, packed
+from whet import catalog, numerics, packed
 from whet.measure import quality
 from whet.optional import installed
 from whet.targets.onnxfile import Deployable
-from whet.targets.target import Target
 from whet.technique import Work
 from whet.testing import tiny_task
 
@@ -55,7 +54,7 @@ def weighed(net: Deployable) -> tuple[int, int]:
     return whole, sum(len(i.raw_data) for i in held if i.data_type == FLOAT)
 
 
-def counted(form: packed.Packed, target: Target) -> tuple[int, int, int]:
+def counted(form: packed.Packed) -> tuple[int, int, int]:
     """Weights of a form, the bits of their codes, and the most bytes of tables and scales."""
     inside = next(m for m in form.modules() if isinstance(m, (packed.Lookup, packed.Affine)))
     support = form.support()
@@ -66,8 +65,7 @@ def counted(form: packed.Packed, target: Target) -> tuple[int, int, int]:
         return form.dense().numel(), inside.codes.numel() * bits, 4 * table
     group = getattr(inside, "group", 1)
     count = form.dense()[0].numel()
-    widths = target.widths if form.dense().ndim == 2 else range(9)
-    width = min(w for w in widths if w >= inside.bits_wide)
+    width = inside.bits_wide
     filled = len(form.dense()) * -(-count // group) * group * width
     zeros = 0 if inside.symmetric else inside.scale.numel() * width
     return form.dense().numel(), filled + zeros, 4 * inside.scale.numel()
@@ -88,7 +86,7 @@ def test_weights_take_the_bits_of_their_codes_and_outputs_agree(
     net = Deployable(work.model, work.task.example, target)
     file = net.write(tmp_path / "m.onnx")
     forms = [form for _, _, form in packed.forms(work.model)]
-    counts = [counted(form, target) for form in forms]
+    counts = [counted(form) for form in forms]
     weights, bits, tables = (sum(each) for each in zip(*counts, strict=True))
     integers, floats = weighed(net)
     assert bits / 8 <= integers <= bits / 8 + 2 * len(forms)
@@ -133,13 +131,33 @@ def test_what_bytes_cannot_tell_apart_stays_floats():
     assert not [i for i in proto.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
 
 
-@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
-@pytest.mark.parametrize(("bits", "kind"), [(2, "u4"), (4, "u4"), (7, "u8")])
-def test_openvino_multiplies_with_the_codes(bits: int, kind: str, tmp_path: Path):
-    model, x = torch.nn.Sequential(torch.nn.Linear(64, 32)).eval(), torch.randn(2, 64)
+def ran(bits: int, rows: int, sizes: tuple[int, int], folder: Path) -> tuple[dict, float]:
+    """The kernels of a linear layer of few bits in OpenVINO, and how far its outputs are off."""
+    model, x = torch.nn.Sequential(torch.nn.Linear(*sizes)).eval(), torch.randn(rows, sizes[0])
     work = Work(copy.deepcopy(model), model, tiny_task(model, (x,)))
     catalog.technique("RoundToNearest", {"bits": bits, "group": 16}).apply(work)
     target = catalog.target("openvino")
-    file = Deployable(work.model.eval(), (x,), target).write(tmp_path / "m.onnx")
-    found = target.job("run", [x.numpy()], file=str(file), batch=2, threads=1, precision="f32")
-    assert found.said["kernels"][f"FullyConnected/{kind}"] == 1
+    file = Deployable(work.model.eval(), (x,), target).write(folder / "m.onnx")
+    found = target.job("run", [x.numpy()], file=str(file), batch=rows, threads=1, precision="f32")
+    with torch.no_grad():
+        want = work.model(x)
+    return found.said["kernels"], numerics.relative(torch.from_numpy(found.outputs[0]), want)
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+@pytest.mark.parametrize(("bits", "kind"), [(2, "u4"), (4, "u4"), (7, "u8")])
+def test_openvino_multiplies_with_the_codes(bits: int, kind: str, tmp_path: Path):
+    kernels, far = ran(bits, 1, (1024, 1024), tmp_path)
+    assert kernels[f"FullyConnected/{kind}"] == 1
+    assert far < 1e-4
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize(("rows", "sizes"), [(2, (1024, 1024)), (1, (64, 32))])
+def test_openvino_multiplies_with_floats_where_codes_are_slower(
+    bits: int, rows: int, sizes: tuple[int, int], tmp_path: Path
+):
+    kernels, far = ran(bits, rows, sizes, tmp_path)
+    assert not any(kind.endswith(("/u4", "/u8", "/i8")) for kind in kernels), kernels
+    assert far < 1e-4

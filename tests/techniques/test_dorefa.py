@@ -194,17 +194,9 @@ def test_the_first_and_last_layer_keep_their_grids_if_not_asked_for(apply):
     assert affine(packed.form_of(work.model.get_submodule("3"))).bits_wide == 3
 
 
-def test_an_interrupt_leaves_weights_on_their_levels():
+def test_an_interrupt_leaves_weights_on_their_levels(interrupted):
     task = tiny_task("plain_cnn")
-    work = Work(copy.deepcopy(task.model), task.model, task)
-    FEW.apply(work)
-
-    def broken(done, of):
-        raise KeyboardInterrupt
-
-    work.tell = broken
-    with pytest.raises(KeyboardInterrupt):
-        DoReFa(bits=2, ends=True, epochs=1).apply(work)
+    work = interrupted(task, FEW, DoReFa(bits=2, ends=True, epochs=1))
     assert all(isinstance(grid, Grid) for grid in ledger(work.model).grids.values())
     for _, module in weights(work.model):
         assert bool((affine(packed.form_of(module)).codes() % 2 == 1).all())

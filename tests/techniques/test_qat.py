@@ -1,6 +1,5 @@
 """Qat trains codes and steps together, by the gradients of the paper."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from whet import packed
 from whet.graph.ledger import Grid, ledger
 from whet.rungs.rounding import affine
 from whet.rungs.trainedgrids import FixedGrid
-from whet.technique import Work
 from whet.techniques.quantize import qat
 from whet.techniques.quantize.qat import LearnedGrid, Qat, shrunk
 from whet.techniques.quantize.staticint8 import StaticInt8
@@ -63,17 +61,9 @@ def test_everything_is_set_back(apply):
         assert len({now[site].scale for site in group}) == 1
 
 
-def test_an_error_on_the_way_leaves_plain_grids():
+def test_an_error_on_the_way_leaves_plain_grids(interrupted):
     task = tiny_task("residual_cnn")
-    work = Work(copy.deepcopy(task.model), task.model, task)
-    FEW.apply(work)
-
-    def broken(done, of):
-        raise KeyboardInterrupt
-
-    work.tell = broken
-    with pytest.raises(KeyboardInterrupt):
-        Qat(epochs=1).apply(work)
+    work = interrupted(task, FEW, Qat(epochs=1))
     assert all(isinstance(grid, Grid) for grid in ledger(work.model).grids.values())
     assert not any("learned" in name for name, _ in work.model.named_modules())
     work.model(*task.example)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from onnx import NodeProto
 
 from whet import numerics, packed
 from whet.targets.onnxgraph import OnnxGraph
@@ -61,3 +63,8 @@ def standing(graph: OnnxGraph, name: str, form: packed.Packed) -> bool | None:
     if stored.shape == dense.shape and np.array_equal(stored, dense):
         return False
     return True if stored.ndim == 2 and np.array_equal(stored, dense.T) else None
+
+
+def rows(graph: OnnxGraph, node: NodeProto) -> int:
+    """How many vectors a product with a weight is taken of; 0 where that is not known."""
+    return math.prod(graph.shapes.get(node.input[0], (0,))[:-1])

@@ -153,7 +153,7 @@ def _convert(
     graph.name_turned({name: form.dense().detach().numpy() for name, form in forms.items()})
     rewrite(graph, forms)
     rounding = products.store(graph, forms, target)
-    tables.store(graph, forms, target.widths)
+    tables.store(graph, forms, target)
     for rule in target.rules:
         rule(graph)
     integers = sum(graph.maker(name, "DequantizeLinear") is not None for name in forms)

@@ -91,10 +91,10 @@ class OpenVino(Target):
     precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16")
     facts: ClassVar[Mapping[str, str]] = {
         "int8 static": "conv, linear, adds: u8 activations per tensor, s8 weights per channel",
-        "4 and 8 bits": "linear layers multiply with the codes of grids, in floats: half the time "
-        "at batch 1 where weights outgrow the caches, as long elsewhere",
-        "other bits": "of codes: linear layers take the next of 4 and 8; tables and convolutions "
-        "take the bits that they need, and become floats as the file loads",
+        "2 to 8 bits": "large linear layers on one row multiply with codes of 4 or 8 bits: half "
+        "the time where weights outgrow the caches; on more rows that is slower",
+        "other codes": "small layers, many rows, tables, convolutions: the file holds the bits of "
+        "the codes, which become floats as it loads: bytes, not time",
         "bf16": "on AMX processors the reference that int8 has to beat",
         "zeros": "no kernel by default: unstructured and N:M sparsity save bytes, not time",
         "channels": "multiples of 16; narrow layers are bound by the number of calls",
@@ -105,6 +105,10 @@ class OpenVino(Target):
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads, precision)
+
+    def codes_pay(self, rows: int, inputs: int, outputs: int) -> bool:
+        # measured by benchmarks/few_bit_files.py on AVX2
+        return rows == 1 and inputs * outputs >= 2**20
 
     def integer_layers(self, kernels: Mapping[str, int]) -> int:
         return sum(

@@ -8,7 +8,6 @@ step, and adds in integers. Asked for floats it does not pay.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from onnx import NodeProto, helper
 
 from whet import packed
 from whet.codecs import raw
-from whet.targets.codes import Codes, codes_of, standing
+from whet.targets.codes import Codes, codes_of, rows, standing
 from whet.targets.onnxgraph import OnnxGraph, facts
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def store(graph: OnnxGraph, forms: dict[str, packed.Packed], target: Target) -> 
         sizes = codes.inputs, len(codes.values), block
         fits = all(
             _multiplies(graph, node, name, bool(turned))
-            and target.few_bits(_rows(graph, node), *sizes)
+            and target.few_bits(rows(graph, node), *sizes)
             for node in nodes
         )
         if block and fits:
@@ -81,22 +80,17 @@ def _is_bias(graph: OnnxGraph, name: str, outputs: int) -> bool:
     return array is not None and array.shape == (outputs,)
 
 
-def _rows(graph: OnnxGraph, node: NodeProto) -> int:
-    """How many vectors the product is taken of; 0 where that is not known."""
-    return math.prod(graph.shapes.get(node.input[0], (0,))[:-1])
-
-
 def _constants(graph: OnnxGraph, name: str, codes: Codes, block: int) -> list[str]:
     """Put codes, scales and zero points in as the kernel reads them; gives their names."""
     out, count, width = len(codes.values), -(-codes.inputs // block), _width(codes)
-    rows = codes.values.reshape(out, -1)[:, : codes.inputs]
+    held = codes.values.reshape(out, -1)[:, : codes.inputs]
     scale, zero = (_by_block(table, codes, block) for table in (codes.scale, codes.zero))
     shift = 2 ** (width - 1) - int(zero[0, 0])  # to the zero point where none is given
-    one = bool((zero == zero[0, 0]).all()) and 0 <= shift < 2**width - int(rows.max(initial=0))
-    rows = np.pad(
-        rows + np.uint8(shift if one else 0), [(0, 0), (0, count * block - rows.shape[1])]
+    one = bool((zero == zero[0, 0]).all()) and 0 <= shift < 2**width - int(held.max(initial=0))
+    held = np.pad(
+        held + np.uint8(shift if one else 0), [(0, 0), (0, count * block - held.shape[1])]
     )
-    arrays = {"codes": _packed(rows, width).reshape(out, count, -1), "scale": scale}
+    arrays = {"codes": _packed(held, width).reshape(out, count, -1), "scale": scale}
     if not one:
         fill = -count % (8 // width)
         arrays["zero"] = _packed(np.pad(zero, [(0, 0), (0, fill)]), width)

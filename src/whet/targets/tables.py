@@ -3,10 +3,11 @@
     Lookup            Reshape(Gather(table, codes))
     Affine, Grouped   Reshape(Mul(Sub(codes, Z), S))
 
-Codes take the bits that they need; OpenVINO multiplies with those of a linear layer's grid where
-they take 4 or 8. In the file they are
+Codes take the bits that they need. Where a runtime multiplies with the codes of a linear layer's
+grid, they take one of its widths if that pays; if not, they stand as bytes to unpack, which it does
+not take for codes. In the file they are
 
-    8   UINT8,  Cast
+    8   UINT8,  Cast        4 and 8 as b where the runtime is not to multiply with them
     4   UINT4,  Cast
     b   bytes, filled from the lowest bit: Mod(Div(Cast(bytes), 2^(d k)), 2^d) are digits of
         d = gcd(b, 8) bits, and MatMul(digits, 2^(d j)) the codes
@@ -19,34 +20,49 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from onnx import TensorProto, helper
 
 from whet import packed
 from whet.codecs import raw
-from whet.targets.codes import codes_of, standing
+from whet.targets.codes import codes_of, rows, standing
 from whet.targets.onnxgraph import NIBBLE, OnnxGraph
+
+if TYPE_CHECKING:
+    from whet.targets.target import Target
 
 MOST = 256  # entries that a byte tells apart
 ALL = range(1, 9)
+TYPED = (4, 8)  # widths that the format has types for
 
 
-def store(graph: OnnxGraph, forms: dict[str, packed.Packed], widths: Collection[int]) -> None:
-    """Store every quantized weight that stands in the graph as floats, equal to its form's.
+class Stored(NamedTuple):
+    """How codes stand in the file.
 
     Args:
-        graph: changed in place.
-        forms: by the weight's name.
-        widths: bits that codes of a grid take in the weight of a linear layer; 8 among them.
+        widths: the bits that they may take.
+        typed: those of 4 and 8 bits as tensors of that type, all others as bytes to unpack.
     """
+
+    widths: Collection[int]
+    typed: bool = True
+
+
+def store(graph: OnnxGraph, forms: dict[str, packed.Packed], target: Target) -> None:
+    """Store every quantized weight that stands in the graph as floats, equal to its form's."""
     for name, form in forms.items():
         turned = standing(graph, name, form)
         if turned is None:
             continue
         shape = tuple(form.dense().shape)
-        allowed = widths if len(shape) == 2 else ALL
-        values = looked_up(graph, name, form) or spaced(graph, name, form, allowed)
+        kept = len(shape) == 2 and bool(target.widths)
+        pays = kept and all(
+            target.codes_pay(rows(graph, node), shape[1], shape[0]) for node in graph.readers(name)
+        )
+        how = Stored(target.widths if pays else ALL, pays or not kept)
+        values = looked_up(graph, name, form) or spaced(graph, name, form, how)
         if values is None:
             continue
         last = f"{name}/flat" if turned else name
@@ -76,7 +92,7 @@ def looked_up(graph: OnnxGraph, name: str, form: packed.Packed) -> str | None:
     if table.shape[1] > MOST or (len(table) > 1 and inside.width > 1):
         return None
     bits = max(1, (table.shape[1] - 1).bit_length())
-    index = integers(graph, f"{name}/codes", codes, fitting(ALL, bits, codes.size), "int64")
+    index = integers(graph, f"{name}/codes", codes, (bits, Stored(ALL)), "int64")
     values, held = f"{name}/values", f"{name}/table"
     if len(table) == 1:
         graph.arrays[held] = table[0]
@@ -87,19 +103,17 @@ def looked_up(graph: OnnxGraph, name: str, form: packed.Packed) -> str | None:
     return values
 
 
-def spaced(graph: OnnxGraph, name: str, form: packed.Packed, widths: Collection[int]) -> str | None:
+def spaced(graph: OnnxGraph, name: str, form: packed.Packed, how: Stored) -> str | None:
     """Put the codes and scales of a grid in, as `looked_up` does with a table."""
     codes = codes_of(form)
     if codes is None:
         return None
-    width = fitting(widths, codes.bits, codes.values.size)
-    floats = integers(graph, f"{name}/codes", codes.values, width, "float32")
+    floats = integers(graph, f"{name}/codes", codes.values, (codes.bits, how), "float32")
     if (codes.zero == codes.zero.flat[0]).all():
         point = f"{name}/zero"
         graph.arrays[point] = codes.zero[:1, :1].astype(np.float32)
     else:
-        width = fitting(widths, codes.bits, codes.zero.size)
-        point = integers(graph, f"{name}/zero", codes.zero, width, "float32")
+        point = integers(graph, f"{name}/zero", codes.zero, (codes.bits, how), "float32")
     graph.arrays[f"{name}/scale"] = codes.scale
     centred, values = f"{name}/centred", f"{name}/values"
     graph.add(helper.make_node("Sub", [floats, point], [centred]))
@@ -110,25 +124,37 @@ def spaced(graph: OnnxGraph, name: str, form: packed.Packed, widths: Collection[
 
 def _without_fill(graph: OnnxGraph, name: str, values: str, inputs: int) -> str:
     """Take what fills up the last group off [out, groups, group]."""
-    rows, cut = f"{name}/rows", f"{name}/cut"
-    _reshape(graph, values, rows, (0, -1))
+    flat, cut = f"{name}/rows", f"{name}/cut"
+    _reshape(graph, values, flat, (0, -1))
     ends = {"start": 0, "end": inputs, "axis": 1}
     graph.arrays |= {f"{cut}/{what}": np.array([number]) for what, number in ends.items()}
-    graph.add(helper.make_node("Slice", [rows, *(f"{cut}/{what}" for what in ends)], [cut]))
+    graph.add(helper.make_node("Slice", [flat, *(f"{cut}/{what}" for what in ends)], [cut]))
     return cut
 
 
-def fitting(widths: Collection[int], bits: int, count: int) -> int:
+def fitting(how: Stored, bits: int, count: int) -> int:
     """The smallest width that holds `bits` and in which `count` codes fill whole bytes."""
-    whole = [w for w in widths if w >= bits and (w in (4, 8) or count * w % 8 == 0)]
-    return min(whole)
+    typed = TYPED if how.typed else ()
+    return min(w for w in how.widths if w >= bits and (w in typed or count * w % 8 == 0))
 
 
-def integers(graph: OnnxGraph, name: str, codes: np.ndarray, width: int, kind: str) -> str:
-    """Put `codes` below 2^width in; gives the value that holds them as `kind`."""
+def integers(
+    graph: OnnxGraph, name: str, codes: np.ndarray, how: tuple[int, Stored], kind: str
+) -> str:
+    """Put codes in; gives the value that holds them as `kind`.
+
+    Args:
+        graph: changed in place.
+        name: of the codes.
+        codes: whole numbers from 0.
+        how: the bits that they need, and how they may stand.
+        kind: a type of numpy's.
+    """
+    bits, stored = how
+    width = fitting(stored, bits, codes.size)
     to = helper.np_dtype_to_tensor_dtype(np.dtype(kind))
     last = f"{name}/{kind}"
-    if width in (4, 8):
+    if stored.typed and width in TYPED:
         graph.arrays[name] = codes.astype(NIBBLE if width == 4 else np.uint8)
         graph.add(helper.make_node("Cast", [name], [last], to=to))
         return last

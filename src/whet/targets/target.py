@@ -62,8 +62,8 @@ class Target(ABC):
         facts: what this runtime speeds up, as data for people and for the search.
         integer_ops: torch calls that it computes on integers, so that what they read deserves a
             grid: activations u8 per tensor, weights s8 and symmetric per output channel.
-        widths: bits that codes of grids take in its files, where they are weights of linear layers
-            (see `tables`).
+        widths: bits of codes that it multiplies with where they stand as integers in its files and
+            are a grid's in a linear layer; none where all codes become floats (see `tables`).
         rules: rewrites of the graph into what it runs faster, after those that hold for every
             runtime (`integers`).
     """
@@ -74,7 +74,7 @@ class Target(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     facts: ClassVar[Mapping[str, str]] = {}
     integer_ops: ClassVar[frozenset[str]] = INTEGER_OPS
-    widths: ClassVar[frozenset[int]] = frozenset(range(1, 9))
+    widths: ClassVar[frozenset[int]] = frozenset()
     rules: ClassVar[Sequence[Callable[[OnnxGraph], None]]] = ()
 
     @abstractmethod
@@ -93,6 +93,16 @@ class Target(ABC):
             inputs: of the weight.
             outputs: of the weight.
             block: inputs that share a scale.
+        """
+        return False
+
+    def codes_pay(self, rows: int, inputs: int, outputs: int) -> bool:
+        """Whether a linear layer with codes of `widths` is no slower than with floats.
+
+        Args:
+            rows: of what is multiplied with the weight; 0 where that is not known.
+            inputs: of the weight.
+            outputs: of the weight.
         """
         return False
 
