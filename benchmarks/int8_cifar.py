@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 import sys
 import tempfile
@@ -76,9 +77,8 @@ def onnxruntime_static(task: Task, original: Path, destination: Path) -> float:
 
 def nncf_static(task: Task, original: Path, destination: Path) -> float:
     """NNCF's post-training quantization of the same ONNX file for OpenVINO, saved as IR."""
-    import nncf  # the peer, present only in the benchmark's own environment
-    import openvino
-
+    nncf = importlib.import_module("nncf")  # the peer, in this benchmark's own environment
+    openvino = importlib.import_module("openvino")
     began = time.perf_counter()
     images = np.concatenate(
         [as_arrays(x)[0] for x, _ in limited(task.statistics() or [], EXAMPLES)]
