@@ -16,7 +16,7 @@ from whet import packed
 from whet.graph import sites, surgery
 from whet.graph.channels import cut, find_groups
 from whet.graph.ledger import Grid, ledger
-from whet.graph.trace import baked, export
+from whet.graph.trace import baked, export, exported
 from whet.testing import NETWORKS
 
 COARSE = Grid(0.25, 8, 0, 15)
@@ -493,3 +493,31 @@ def test_a_split_that_lost_channels_replays():
     assert any(
         isinstance(new, list) for c in ledger(small).constants.values() for _, new in c.values()
     )
+
+
+class Twice(nn.Module):
+    """One module stands at two places; torch.export runs stand-ins of all modules then."""
+
+    def __init__(self):
+        super().__init__()
+        act = nn.ReLU()
+        self.features = nn.Sequential(nn.Conv2d(3, 4, 1), act, nn.Conv2d(4, 4, 1), act)
+
+    def forward(self, x):
+        return self.features(x)
+
+
+def test_export_keeps_the_sites_of_a_network_with_a_module_at_two_places():
+    model, x = Twice().eval(), torch.randn(1, 3, 4, 4)
+    made = [call.site for call in sites.calls(model, (x,))][1:-1]
+    traced = exported(activated(model), (x,))
+    calls = [node for node in traced.nodes if node.op == "call_function"]
+    assert [node.meta["custom"]["site"] for node in calls] == made
+    surgery.set_grids(model, {"features.2/conv2d:0": COARSE})
+    program = export(baked(model)[0], (x,))
+    assert any("fake_quantize" in str(node.target) for node in program.graph.nodes)
+
+
+def activated(model):
+    sites.activate(model)
+    return model

@@ -89,6 +89,11 @@ class Recorded:
         return None
 
 
+def identity(module: nn.Module) -> int:
+    """What tells modules apart, also where torch.export runs a stand-in that shares its state."""
+    return id(module.__dict__)
+
+
 class SiteMode(TorchFunctionMode):
     """Names each call, corrects its constants, puts its grid on, and shows it to an observer.
 
@@ -101,10 +106,10 @@ class SiteMode(TorchFunctionMode):
 
     def __init__(self, root: nn.Module, book: Ledger, observe: Observer | None = None) -> None:
         super().__init__()
-        self.names = {id(module): name for name, module in root.named_modules()}
+        self.names = {identity(module): name for name, module in root.named_modules()}
         # how a packed weight is made is not part of the network
         inside = [m for m in root.modules() if isinstance(m, parametrize.ParametrizationList)]
-        self.hidden = {id(part) for each in inside for part in each.modules()}
+        self.hidden = {identity(part) for each in inside for part in each.modules()}
         self.book, self.observe = book, observe
         self.path: list[str | None] = [""]
         self.seen: Counter[tuple[str, str]] = Counter()
@@ -125,8 +130,8 @@ class SiteMode(TorchFunctionMode):
 
     def _down(self, module: nn.Module, _: Any) -> None:
         if threading.get_ident() == self.thread:
-            known = self.names.get(id(module), self.path[-1])
-            self.path.append(None if id(module) in self.hidden else known)
+            known = self.names.get(identity(module), self.path[-1])
+            self.path.append(None if identity(module) in self.hidden else known)
 
     def _up(self, module: nn.Module, _: Any, __: Any) -> None:
         if threading.get_ident() == self.thread:
