@@ -164,6 +164,26 @@ def test_grids_survive_export(name):
     assert torch.equal(output(program.module(), example), output(model, example))
 
 
+class Shrunk(nn.Module):
+    """A padded shortcut in a module below, whose width a cut has changed."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), Padded(), nn.ReLU())
+
+    def forward(self, x):
+        return self.body(x) + 1
+
+
+def test_grids_and_constants_act_under_the_compiler():
+    torch._dynamo.reset()
+    model, x = Shrunk(), torch.randn(2, 3, 4)
+    surgery.set_constant(model, "body.1/pad:0", "1", [1, 1], [0, 3])
+    surgery.set_grids(model, {"body.0/linear:0": COARSE, "add:0": COARSE})
+    expected = output(model, (x,))
+    assert torch.equal(output(torch.compile(model, backend="eager"), (x,)), expected)
+
+
 def test_inputs_are_sites():
     model = nn.Sequential(nn.Linear(3, 3, bias=False))
     x = torch.rand(2, 3)

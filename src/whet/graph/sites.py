@@ -306,6 +306,13 @@ class _Sited:
         return getattr(self.plain, "__code__", _Sited.__call__.__code__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():
+            # while torch.compile traces, no hook runs that says whose call it is
+            return torch.compiler.disable(self.run)(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The network with its ledger acting."""
         book = ledger(self.model)
         if any(mode.book is book for mode in _running.__dict__.get("modes", ())):
             return self.plain(*args, **kwargs)  # an observer's mode, or a call of itself
