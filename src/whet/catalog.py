@@ -93,6 +93,8 @@ def technique(name: str, knobs: dict[str, Any] | None = None) -> Technique:
             "it has no such knob",
             nearest(unknown[0], kind.model_fields),
         )
+    held = [knob for knob in knobs if kind.model_fields[knob].annotation == tuple[Technique, ...]]
+    knobs = knobs | {knob: steps(knobs[knob], f"set {name}.{knob}") for knob in held}
     try:
         return kind(**knobs)
     except ValueError as error:
@@ -103,3 +105,30 @@ def technique(name: str, knobs: dict[str, Any] | None = None) -> Technique:
             first["msg"][0].lower() + first["msg"][1:],
             f"See: whet techniques {name}",
         ) from error
+
+
+FORM = "Write lines like  - L1Filters: {amount: 0.5}"
+
+
+def steps(entries: Any, asked: str, form: str = FORM) -> tuple[Technique, ...]:
+    """The techniques of a list of names or {name: knobs}, as recipes hold them.
+
+    Raises:
+        BadInput: it is no such list, or names what the catalogue does not know.
+    """
+    if not isinstance(entries, (list, tuple)):
+        raise BadInput(asked, f"it is {entries!r}", form)
+    found: list[Technique] = []
+    for entry in entries:
+        entry = {entry: None} if isinstance(entry, str) else entry
+        if isinstance(entry, Technique):
+            found.append(entry)
+        elif (
+            isinstance(entry, dict)
+            and [*map(type, entry)] == [str]
+            and all(knobs is None or isinstance(knobs, dict) for knobs in entry.values())
+        ):
+            found += [technique(name, knobs) for name, knobs in entry.items()]
+        else:
+            raise BadInput(asked, f"a step is {entry!r}", form)
+    return tuple(found)

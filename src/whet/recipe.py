@@ -47,7 +47,7 @@ class Recipe:
         steps = data["steps"]
         if not isinstance(steps, list) or not steps:
             raise BadInput(f"read {source}", "steps is not a list with at least one entry", form)
-        return cls([_step(entry, source, form) for entry in steps])
+        return cls(catalog.steps(steps, f"read {source}", form))
 
     @classmethod
     def read(cls, path: str | Path) -> Recipe:
@@ -104,16 +104,6 @@ class Recipe:
                     f"no earlier step makes the {form.__name__} forms it works on",
                     f"Put {' or '.join(makers)} before {step.name}.",
                 )
-
-
-def _step(entry: Any, source: str, form: str) -> Technique:
-    if isinstance(entry, str):
-        return catalog.technique(entry)
-    if isinstance(entry, dict) and len(entry) == 1:
-        ((name, knobs),) = entry.items()
-        if isinstance(name, str) and (knobs is None or isinstance(knobs, dict)):
-            return catalog.technique(name, knobs)
-    raise BadInput(f"read {source}", f"a step is {entry!r}", form)
 
 
 BUILT_IN: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -68,6 +68,7 @@ class Task:
         loss: (outputs, labels) -> 0-d tensor; default cross-entropy for integer labels.
         metric: a Metric, or a function (outputs, labels) -> batch mean, higher is better.
         name: what reports call it.
+        teachers: networks to learn from, called as the model is; default: the model itself.
 
     What is absent switches off the techniques that need it.
     """
@@ -81,6 +82,7 @@ class Task:
     loss: Callable[[Any, Any], Tensor] = F.cross_entropy
     metric: Metric | Callable[[Any, Any], Any] = ACCURACY
     name: str = "task"
+    teachers: tuple[nn.Module, ...] = ()
 
     @property
     def measure(self) -> Metric:

@@ -92,8 +92,8 @@ def test_the_teacher_answers_in_eval_mode_without_gradient():
     work = Work(copy.deepcopy(task.model), teacher, task)
     Listening.calls.clear()
     Distill(lr=0.01).apply(work)
-    # once to see what folds, then once a batch
-    assert Listening.calls == [(False, False)] * (1 + len(task.train))
+    # once to see what folds, once to see what it gives, then once a batch
+    assert Listening.calls == [(False, False)] * (2 + len(task.train))
 
 
 def trained(technique, task, seed=0):
@@ -103,18 +103,18 @@ def trained(technique, task, seed=0):
     return work.model
 
 
-def test_alpha_weighs_teacher_against_labels():
+def test_weights_say_what_teacher_and_labels_count():
     task = replace(tiny_task("plain_cnn"), validation=None)
     knobs = {"epochs": 1, "lr": 0.05}
     plain = trained(FineTune(**knobs), task)
-    labels_only = trained(Distill(alpha=0, **knobs), task)
+    labels_only = trained(Distill(weight=0, labels=1, **knobs), task)
     for a, b in zip(plain.parameters(), labels_only.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     wrong = replace(task, train=[(x, (y + 1) % 4) for x, y in task.train])
-    teacher_only, blind = (trained(Distill(alpha=1, **knobs), t) for t in (task, wrong))
+    teacher_only, blind = (trained(Distill(weight=1, labels=0, **knobs), t) for t in (task, wrong))
     for a, b in zip(teacher_only.parameters(), blind.parameters(), strict=True):
         assert torch.equal(a, b)
-    mixed, misled = (trained(Distill(alpha=0.5, **knobs), t) for t in (task, wrong))
+    mixed, misled = (trained(Distill(weight=0.5, labels=0.5, **knobs), t) for t in (task, wrong))
     assert not torch.equal(mixed[0].weight, misled[0].weight)
 
 
@@ -124,10 +124,11 @@ def test_the_loss_is_the_weighted_sum():
     outputs = torch.randn(16, 4)
     with torch.no_grad():
         wanted = task.model(inputs)
-    for alpha, temperature in ((0.3, 2.0), (0.9, 4.0)):
-        loss = Distill(alpha=alpha, temperature=temperature).objective(work_of(task))
-        expected = (1 - alpha) * F.cross_entropy(outputs, labels)
-        expected += alpha * divergence(outputs, wanted, temperature)
+    for weight, temperature in ((0.3, 2.0), (0.9, 4.0)):
+        knobs = {"labels": 1 - weight, "weight": weight, "temperature": temperature}
+        loss = Distill(**knobs).objective(work_of(task))
+        expected = (1 - weight) * F.cross_entropy(outputs, labels)
+        expected += weight * divergence(outputs, wanted, temperature)
         torch.testing.assert_close(loss(inputs, labels, outputs), expected)
 
 
@@ -142,7 +143,7 @@ def test_a_cut_network_comes_back_towards_its_parent(apply):
     fit.fit(task.model, task.train, learn, fit.Schedule(epochs=4, lr=0.05))
     cut = apply(task, L1Filters())
     # few images tell no accuracies apart, so that the last weights are taken, not the best ones
-    back = apply(replace(task, validation=None), L1Filters(), Distill(epochs=8, lr=0.05, alpha=1))
+    back = apply(replace(task, validation=None), L1Filters(), Distill(epochs=8, lr=0.05, labels=0))
     assert distance(back.model, task) < 0.5 * distance(cut.model, task)
 
 
@@ -155,7 +156,7 @@ def test_a_loss_of_the_users_own_is_refused(refuses):
     task = replace(tiny_task("plain_cnn"), loss=lambda z, y: z.square().mean())
     text = (
         "Distill: the task has a loss of its own, so its outputs may not be class scores. "
-        "Use FineTune for this task."
+        "Use FineTune, or a loss between features such as FitNet."
     )
     refuses(task, Distill(), text)
 
@@ -166,7 +167,7 @@ def test_it_needs_training_data():
 
 @pytest.mark.parametrize(
     "knobs",
-    [{"temperature": 0}, {"temperature": 101}, {"alpha": -0.1}, {"alpha": 1.1}, {"epochs": 0}],
+    [{"temperature": 0}, {"temperature": 101}, {"weight": -0.1}, {"labels": -1}, {"epochs": 0}],
 )
 def test_absurd_knobs_are_refused(knobs):
     with pytest.raises(ValidationError):

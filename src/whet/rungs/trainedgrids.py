@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from whet import packed
 from whet.graph import sites
 from whet.graph.ledger import Grid, ledger
-from whet.rungs.training import TaughtTechnique
+from whet.rungs.training import TaughtTechnique, Together
 from whet.technique import Work
 
 TINY = 1e-8
@@ -108,17 +108,6 @@ class FixedGrid(TrainingGrid):
 
     def settled(self) -> Grid:
         return self.grid
-
-
-class Together(nn.Module):
-    """A network with its grids, which train, are saved and come back along with it."""
-
-    def __init__(self, model: nn.Module, grids: list[Any]) -> None:
-        super().__init__()
-        self.model, self.grids = model, nn.ModuleList(grids)
-
-    def forward(self, *args: Any) -> Any:
-        return self.model(*args)
 
 
 G = TypeVar("G", bound=TrainingGrid)

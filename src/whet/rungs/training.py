@@ -58,6 +58,17 @@ class TrainTechnique(Technique, Schedule):
             )
 
 
+class Together(nn.Module):
+    """A network with modules that train, are saved and come back along with it."""
+
+    def __init__(self, model: nn.Module, along: list[Any]) -> None:
+        super().__init__()
+        self.model, self.along = model, nn.ModuleList(along)
+
+    def forward(self, *args: Any) -> Any:
+        return self.model(*args)
+
+
 def answers(work: Work) -> Callable[[Any], Any]:
     """inputs -> what the parent says to them: in eval mode, without gradient, in float32."""
     parent = copy.deepcopy(work.parent).eval()

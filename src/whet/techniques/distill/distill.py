@@ -1,9 +1,9 @@
 """Distill: the student learns to answer as its teacher does, wrong classes included.
 
-    L = (1 - alpha) CE(y, p_s) + alpha T^2 KL(p_t^T || p_s^T)
+    L = labels CE(y, p_s) + weight T^2 KL(p_t^T || p_s^T)
 
-The teacher is the student's own uncompressed parent, in eval mode and without gradient; T^2 keeps
-the gradient's size independent of the temperature.
+The teacher is by default the student's own uncompressed parent; T^2 keeps the gradient's size
+independent of the temperature.
 
 Paper: Hinton, Vinyals and Dean 2015, Distilling the Knowledge in a Neural Network.
 Helps when: a cut has cost accuracy: the parent's outputs say more than the labels do.
@@ -14,38 +14,24 @@ Costs: a forward pass of the parent on top of training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from whet.errors import Refused
-from whet.rungs.training import TrainTechnique, answers
-from whet.technique import Work
+from whet.rungs.teaching import LogitTechnique
 
 
-class Distill(TrainTechnique):
-    """Train on the parent's softened outputs and, by 1 - `alpha`, on the labels."""
+class Distill(LogitTechnique):
+    """Train on the teacher's softened outputs and a little on the labels."""
 
+    labels: Annotated[float, Field(ge=0, le=1e6, description="weight of the task's own loss")] = 0.1
+    weight: Annotated[float, Field(ge=0, le=1e6, description="weight of the teacher's part")] = 0.9
     temperature: Annotated[float, Field(gt=0, le=100, description="T")] = 4.0
-    alpha: Annotated[float, Field(ge=0, le=1, description="weight of the teacher's part")] = 0.9
 
-    def objective(self, work: Work) -> Callable[[Any, Any, Any], Tensor]:
-        if work.task.loss is not F.cross_entropy:
-            raise Refused(
-                "Distill",
-                "the task has a loss of its own, so its outputs may not be class scores",
-                "Use FineTune for this task.",
-            )
-        teacher = answers(work)
-
-        def loss(inputs: Any, labels: Any, outputs: Tensor) -> Tensor:
-            soft = divergence(outputs, teacher(inputs), self.temperature)
-            return (1 - self.alpha) * work.task.penalty(outputs, labels) + self.alpha * soft
-
-        return loss
+    def loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return divergence(student, teacher, self.temperature)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

@@ -1,0 +1,332 @@
+"""The rungs of distillation: a loss between what a student and its teacher say, or see."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_serializer, field_validator
+from torch import Tensor, nn
+
+from whet.errors import Refused
+from whet.fit import Schedule, widened
+from whet.graph import folding
+from whet.graph.trace import baked
+from whet.rungs.training import Together, TrainTechnique
+from whet.task import as_arguments, evaluating, tensors_in
+from whet.technique import Technique, Work
+
+Features = Mapping[str, Tensor]  # by the student's module
+
+
+class Heard(NamedTuple):
+    """One batch, as a student and one teacher see it.
+
+    Args:
+        labels: as the task has them.
+        student: what the student gives; likewise `teacher`.
+        shown: the outputs of the student's modules that are compared.
+        wanted: the teacher's, under the student's names.
+    """
+
+    labels: Any
+    student: Any
+    teacher: Any
+    shown: Features
+    wanted: Features
+
+    def at(self, taps: Mapping[str, str]) -> Heard:
+        """The same with the features of `taps` alone, the teacher's under the student's names."""
+        shown = {path: self.shown[path] for path in taps}
+        return self._replace(shown=shown, wanted={p: self.wanted[t] for p, t in taps.items()})
+
+
+class DistillTechnique(TrainTechnique):
+    """A rung: a loss between a student and its teacher.
+
+    L = labels loss(z, y) + weight L_own + the losses `beside` it, each with its own weight
+
+    The teachers are `Task.teachers`, by default the network's own parent; of several the mean
+    counts. They run in eval mode, without gradient, once a batch for all losses.
+    """
+
+    labels: Annotated[float, Field(ge=0, le=1e6, description="weight of the task's own loss")] = 1.0
+    weight: Annotated[float, Field(ge=0, le=1e6, description="weight of this loss")] = 1.0
+    beside: Annotated[
+        tuple[Technique, ...],
+        Field(description="more losses of this kind, each with its own weight"),
+    ] = ()
+
+    @field_validator("beside")
+    @classmethod
+    def _losses(cls, beside: tuple[Technique, ...]) -> tuple[Technique, ...]:
+        alone = {*Schedule.model_fields, "labels", "beside"}
+        for each in beside:
+            if not isinstance(each, DistillTechnique):
+                raise ValueError(f"{each.name} is not a loss between a student and its teacher")
+            if said := sorted(alone & each.model_fields_set):
+                raise ValueError(f"{each.name} beside another takes no {said[0]}: the step has one")
+        return beside
+
+    @field_serializer("beside")
+    def _named(self, beside: tuple[Technique, ...]) -> list[dict[str, Any]]:
+        alone = {*Schedule.model_fields, "labels", "beside"}
+        return [{each.name: each.model_dump(mode="json", exclude=alone)} for each in beside]
+
+    def taps(self, work: Work, teacher: nn.Module) -> dict[str, str]:
+        """Modules whose outputs it compares: the student's and the teacher's; none by default."""
+        return {}
+
+    @abstractmethod
+    def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
+        """The loss of batches like this one; an `nn.Module` where it has weights, which then train.
+
+        Raises:
+            Refused: it cannot compare these.
+        """
+
+    def objective(self, work: Work) -> Lessons:
+        return Lessons(self, work)
+
+    def apply(self, work: Work) -> None:
+        lessons = self.objective(work)
+        together = Together(work.model, lessons.modules())
+        with lessons.student:
+            self.train(replace(work, model=together), lessons, work.tell)
+
+
+class LogitTechnique(DistillTechnique):
+    """A rung: a loss between class scores."""
+
+    @abstractmethod
+    def loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        """0-d, of z_s and z_t, [batch, classes]."""
+
+    def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
+        if work.task.loss is not F.cross_entropy:
+            raise Refused(
+                self.name,
+                "the task has a loss of its own, so its outputs may not be class scores",
+                "Use FineTune, or a loss between features such as FitNet.",
+            )
+        for whose, z in (("its outputs", heard.student), ("the teacher's outputs", heard.teacher)):
+            if not (torch.is_tensor(z) and z.ndim == 2 and z.is_floating_point()):
+                raise Refused(
+                    self.name,
+                    f"{whose} are no class scores [batch, classes]",
+                    "Use FineTune, or a loss between features such as FitNet.",
+                )
+        if heard.student.shape != heard.teacher.shape:
+            raise Refused(
+                self.name,
+                f"the student scores {heard.student.shape[1]} classes, the teacher "
+                f"{heard.teacher.shape[1]}",
+                "Give them the same classes, or use a loss between features such as FitNet.",
+            )
+        return lambda heard: self.loss(heard.student, heard.teacher, heard.labels)
+
+
+class FeatureTechnique(DistillTechnique):
+    """A rung: a loss between the outputs of modules, the mean over those compared."""
+
+    at: Annotated[
+        dict[str, str],
+        Field(
+            description="modules to compare, the student's: the teacher's; "
+            "by default the last ones before the size of the features changes"
+        ),
+    ] = {}
+
+    def taps(self, work: Work, teacher: nn.Module) -> dict[str, str]:
+        for whose, model, paths in (
+            ("the network", work.model, self.at),
+            ("the teacher", teacher, self.at.values()),
+        ):
+            known = dict(model.named_modules())
+            if missing := [path for path in paths if path not in known]:
+                raise Refused(
+                    self.name,
+                    f"{whose} has no module {missing[0]!r}",
+                    "Name modules as named_modules() does.",
+                )
+        if self.at:
+            return dict(self.at)
+        own, its = (stages(model, work.task.example) for model in (work.model, teacher))
+        found = {own[size]: its[size] for size in own if size in its}
+        if not found:
+            raise Refused(
+                self.name,
+                "no module of the network makes features of the size that one of the teacher's has",
+                "Name the modules to compare: at.",
+            )
+        return found
+
+    @abstractmethod
+    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """0-d, of F_s and F_t, [batch, channels, ...]."""
+
+    def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
+        return self.mean
+
+    def mean(self, heard: Heard) -> Tensor:
+        """The mean of the losses of all modules compared."""
+        return torch.stack([self.loss(f, heard.wanted[at]) for at, f in heard.shown.items()]).mean()
+
+
+def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Images of both averaged down to the smaller height and width of the two."""
+    if student.ndim != 4 or student.shape[2:] == teacher.shape[2:]:
+        return student, teacher
+    height, width = map(min, student.shape[2:], teacher.shape[2:])
+    size = height, width
+    return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+
+
+class Listener:
+    """Notes what modules of a network give while it is entered.
+
+    Args:
+        model: the network.
+        paths: of the modules.
+    """
+
+    def __init__(self, model: nn.Module, paths: set[str]) -> None:
+        self.model, self.paths = model, paths
+        self.heard: dict[str, Tensor] = {}
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for path in self.paths:
+            module = self.model.get_submodule(path)
+            self.handles.append(module.register_forward_hook(partial(self._note, path)))
+
+    def __exit__(self, *error: Any) -> None:
+        while self.handles:
+            self.handles.pop().remove()
+
+    def _note(self, path: str, module: nn.Module, args: Any, out: Any) -> None:
+        self.heard[path] = widened(out)
+
+    def take(self, asked: str) -> Features:
+        """What was noted since the last time; `asked` says for whom.
+
+        Raises:
+            Refused: a module was not called, or gave no tensor.
+        """
+        heard, self.heard = self.heard, {}
+        for path in self.paths:
+            if not torch.is_tensor(heard.get(path)):
+                raise Refused(
+                    asked,
+                    f"the module {path!r} gives no single tensor",
+                    "Name modules that are called and that give one tensor each.",
+                )
+        return heard
+
+
+class Teacher:
+    """A network that answers in eval mode, without gradient, in float32, once for all losses.
+
+    Args:
+        network: it is copied.
+        example: one call's inputs.
+        paths: modules whose outputs are wanted as well.
+    """
+
+    def __init__(self, network: nn.Module, example: tuple[Any, ...], paths: set[str]) -> None:
+        self.network = copy.deepcopy(network).eval()
+        if not paths:
+            folding.fold_all(self.network, example)  # exact, and a fifth of its time
+        self.network.requires_grad_(False)
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.listener = Listener(self.network, paths)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any, asked: str) -> tuple[Any, Features]:
+        self.network.to(next(tensors_in(inputs)).device)
+        with self.listener:
+            answers = widened(self.network(*as_arguments(inputs)))
+        return answers, self.listener.take(asked)
+
+
+class Part(NamedTuple):
+    """One loss of a sum, with the modules that it compares."""
+
+    weight: float
+    taps: Mapping[str, str]
+    loss: Callable[[Heard], Tensor]
+
+
+class Lessons:
+    """The objective: (inputs, labels, outputs) -> what a step of distillation minimizes.
+
+    The student has to run inside `self.student`.
+
+    Args:
+        technique: the loss, and those beside it.
+        work: the student and its task.
+    """
+
+    def __init__(self, technique: DistillTechnique, work: Work) -> None:
+        self.name, self.labels, self.task = technique.name, technique.labels, work.task
+        losses: list[Any] = [technique, *technique.beside]
+        networks, example = work.task.teachers or (work.parent,), work.task.example
+        taps = [[each.taps(work, network) for each in losses] for network in networks]
+        self.student = Listener(work.model, {path for by in taps for tap in by for path in tap})
+        with torch.no_grad(), evaluating(work.model), self.student:
+            outputs = widened(work.model(*example))
+        shown = self.student.take(self.name)
+        self.teachers: list[tuple[Teacher, list[Part]]] = []
+        for network, by in zip(networks, taps, strict=True):
+            teacher = Teacher(network, example, {path for tap in by for path in tap.values()})
+            answers, wanted = teacher(example, self.name)
+            heard = Heard(None, outputs, answers, shown, wanted)
+            parts = [
+                Part(each.weight, tap, each.between(work, heard.at(tap)))
+                for each, tap in zip(losses, by, strict=True)
+            ]
+            self.teachers.append((teacher, parts))
+
+    def modules(self) -> list[nn.Module]:
+        """What trains along with the student."""
+        losses = [part.loss for _, parts in self.teachers for part in parts]
+        return [loss for loss in losses if isinstance(loss, nn.Module)]
+
+    def __call__(self, inputs: Any, labels: Any, outputs: Any) -> Tensor:
+        shown = self.student.take(self.name)
+        losses = [self.labels * self.task.penalty(outputs, labels)] if self.labels else []
+        for teacher, parts in self.teachers:
+            answers, wanted = teacher(inputs, self.name)
+            heard = Heard(labels, outputs, answers, shown, wanted)
+            share = 1 / len(self.teachers)
+            losses += [share * part.weight * part.loss(heard.at(part.taps)) for part in parts]
+        return torch.stack(losses).sum()
+
+
+def stages(model: nn.Module, example: tuple[Any, ...]) -> dict[tuple[int, ...], str]:
+    """The module that gives the last features of each size, outermost; by size, in order.
+
+    Sizes are heights and widths of images, lengths and widths of sequences.
+    """
+    found: dict[tuple[int, ...], str] = {}
+
+    def look(path: str, module: nn.Module, args: Any, out: Any) -> None:
+        if torch.is_tensor(out) and out.is_floating_point() and out.ndim > 2:
+            size = tuple(out.shape[1 if out.ndim == 3 else 2 :])
+            if max(size) > 1:
+                found.pop(size, None)
+                found[size] = path
+
+    twin = baked(model)[0]
+    for path, module in twin.named_modules():
+        if path:
+            module.register_forward_hook(partial(look, path))
+    with torch.no_grad():
+        twin.eval()(*example)
+    return found
