@@ -545,7 +545,7 @@ def test_techniques(run: Run):
     assert "energy" in out
     status, out, err = run("techniques", "Svdd")
     assert (status, out) == (2, "")
-    assert "Did you mean Svd?" in err
+    assert "Did you mean Svd or " in err
 
 
 def test_targets(run: Run):
