@@ -272,6 +272,22 @@ def test_evaluation_is_in_eval_mode_and_leaves_modes_as_they_were():
     assert [m.training for m in model] == [True, False]
 
 
+def test_evaluation_brings_the_data_to_the_network():
+    """As it lies on an accelerator while it trains; "meta" is the device that every machine has."""
+
+    class Elsewhere(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1, device="meta"))
+
+        def forward(self, x):
+            assert x.device == self.weight.device
+            return torch.zeros(2, 3)
+
+    metric = Metric("devices", lambda outputs, labels: float(labels["y"].device.type == "meta"))
+    assert evaluate(Elsewhere(), [((torch.zeros(2),), {"y": torch.zeros(2)})], metric) == 1.0
+
+
 def test_evaluation_refuses_nothing_and_nonsense():
     with pytest.raises(BadInput, match=r"evaluate the network: there is no batch. Give at least"):
         evaluate(net(), [], ACCURACY)

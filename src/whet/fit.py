@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from whet.errors import BadInput
-from whet.task import Batches, as_arguments, count, tensors_in
+from whet.task import Batches, as_arguments, count, each_tensor, tensors_in
 
 Objective = Callable[[Any, Any, Any], Tensor]  # (inputs, labels, outputs) -> loss
 
@@ -173,9 +173,14 @@ class _Run:
                 break
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.lr * rate(self.step, self.steps, self.schedule.warmup)
-            self._step(moved(inputs, self.device), moved(labels, self.device))
+            self._step(each_tensor(inputs, self._placed), each_tensor(labels, self._placed))
             self.step += 1
             tell(self.step, self.steps)
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """On the device; images in channels-last memory order."""
+        value = value.to(self.device)
+        return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
     def _step(self, inputs: Any, labels: Any) -> None:
         self.optimizer.zero_grad()
@@ -190,18 +195,6 @@ class _Run:
             )
         self.accelerator.backward(loss)
         self.optimizer.step()
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """Nested tensors on `device`, images in channels-last memory order."""
-    if torch.is_tensor(value):
-        value = value.to(device)
-        return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-    if isinstance(value, dict):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(moved(item, device) for item in value)
-    return value
 
 
 def widened(outputs: Any) -> Any:

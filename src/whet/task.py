@@ -296,25 +296,33 @@ def limited(batches: Batches, examples: int | None) -> Iterator[Batch]:
 
 def first_rows(value: Any, rows: int) -> Any:
     """The first `rows` rows of every tensor in nested tuples, lists and dicts."""
+    return each_tensor(value, lambda tensor: tensor[:rows])
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Nested tuples, lists and dicts with `change` of every tensor in its place."""
     if torch.is_tensor(value):
-        return value[:rows]
+        return change(value)
     if isinstance(value, dict):
-        return {key: first_rows(item, rows) for key, item in value.items()}
+        return {key: each_tensor(item, change) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(first_rows(item, rows) for item in value)
+        return type(value)(each_tensor(item, change) for item in value)
     return value
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: Batches, metric: Metric) -> float:
-    """The metric's mean over all examples of `batches`, the model in eval mode.
+    """The metric's mean over all examples of `batches`, the model in eval mode, where it lies.
 
     Raises:
         BadInput: no batch, or outputs that are not finite.
     """
     total, seen = 0.0, 0
+    first = next(model.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
     with evaluating(model):
-        for inputs, labels in batches:
+        for batch in batches:
+            inputs, labels = each_tensor(batch, lambda tensor: tensor.to(device))
             outputs = model(*as_arguments(inputs))
             if not all(_finite(t) for t in tensors_in(outputs)):
                 raise BadInput(
