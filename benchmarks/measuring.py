@@ -81,19 +81,22 @@ def lower(target: Target, model: nn.Module, task: Task, folder: Path, stem: str)
     return Deployable(model, task.example, target).write(folder / f"{stem}.onnx")
 
 
-def halved(
+def cut_to(
     task: Task,
     steps: Callable[[float], list[tuple[str, dict[str, Any]]]],
     between: tuple[float, float],
     tries: int = 6,
+    share: float = 0.5,
 ) -> nn.Module:
-    """What techniques make of the network when they leave at most half its MACs, just.
+    """What techniques make of the network when they leave at most a share of its MACs, just.
 
     Args:
         task: the network and its data.
         steps: names and knobs for an amount.
-        between: amounts to look between, by bisection. Where none leaves as little as half, the
-            largest one counts.
+        between: amounts to look between, by bisection. Where none leaves as little, the largest
+            one counts.
+        tries: of the bisection.
+        share: of the MACs.
     """
     whole, (low, high) = macs(task.model, task.example)[""], between
     best: nn.Module | None = None
@@ -102,7 +105,7 @@ def halved(
         work = Work(copy.deepcopy(task.model), task.model, task)
         for name, knobs in steps(middle):
             catalog.technique(name, knobs).apply(work)
-        fits = 2 * macs(work.model, task.example)[""] <= whole
+        fits = macs(work.model, task.example)[""] <= share * whole
         best = work.model if fits or best is None else best
         if amount is None:
             low, high = (low, middle) if fits else (middle, high)

@@ -39,7 +39,7 @@ def main() -> None:
         seed_all(options.seed, task)
         knobs = {"multiple_of": 1, "scope": "layer"}
         began = time.perf_counter()
-        small = measuring.halved(
+        small = measuring.cut_to(
             task, lambda x, n=name, k=knobs: [(n, k | {"amount": x})], (0.2, 0.45), 4
         )
         seconds = (time.perf_counter() - began) / 5

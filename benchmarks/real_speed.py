@@ -129,7 +129,7 @@ def halves(task: Task) -> dict[str, nn.Module]:
     found = {}
     for way in WAYS:
         try:
-            found[way.name] = measuring.halved(task, way.steps, (0.05, 0.95))
+            found[way.name] = measuring.cut_to(task, way.steps, (0.05, 0.95))
         except Refused as refusal:
             print(f"{task.name}: {way.name}: left out, {refusal.found}.")
     return found

@@ -112,14 +112,14 @@ def affordable(task: Task, model: nn.Module, seconds: float) -> float:
 def whet_channels(task: Task) -> nn.Module:
     """Channels of every group, chosen and refitted by what the next layer misses."""
     knobs = {"multiple_of": 1, "examples": 1024}
-    return measuring.halved(
+    return measuring.cut_to(
         task, lambda x: [("LassoChannels", knobs | {"amount": x})], (0.2, 0.4), 4
     )
 
 
 def whet_blocks(task: Task) -> nn.Module:
     """Whole blocks."""
-    return measuring.halved(task, lambda x: [("DropBlocks", {"amount": x})], (0.35, 0.6))
+    return measuring.cut_to(task, lambda x: [("DropBlocks", {"amount": x})], (0.35, 0.6))
 
 
 def torch_pruning(task: Task) -> nn.Module:

@@ -66,6 +66,17 @@ def test_searched_weight_ranges_are_never_worse(apply, bits):
         assert sum(map(torch.sum, errors["mse"])) < 0.95 * sum(map(torch.sum, errors["minmax"]))
 
 
+def test_one_scale_a_tensor_errs_at_most_half_a_step_of_the_largest_weight(apply):
+    task = tiny_task("depthwise_cnn")
+    work = apply(task, StaticInt8(weight_bits=8, weight_per="tensor", examples=4))
+    for _, module, form in quantized_layers(work.model):
+        assert form.axis is None
+        assert form.scale.ndim == 0
+        latent = form.inner.dense().detach()
+        half = float(latent.abs().max()) / 127 / 2
+        assert float((module.weight.detach() - latent).abs().max()) <= half * (1 + 1e-5)
+
+
 def reads(model, example):
     """(site, tensor) of everything that a layer, an add or a concatenation of floats reads."""
     found = []

@@ -58,6 +58,10 @@ class StaticTechnique(Technique):
     weight_ranges: Annotated[
         Literal["minmax", "mse"], Field(description="how weight ranges are set")
     ] = "minmax"
+    weight_per: Annotated[
+        Literal["channel", "tensor"],
+        Field(description="what shares a scale; tensor for runtimes that have but one"),
+    ] = "channel"
     shifts: Annotated[
         bool, Field(description="all scales are powers of two, so that scaling is a shift")
     ] = False
@@ -80,16 +84,23 @@ class StaticTechnique(Technique):
         return list(weights(work.model, self.skip))
 
     def pack(self, weight: Tensor, bits: int) -> packed.Affine:
-        """The form of a weight [out, ...], one scale an output."""
+        """The form of a weight [out, ...]."""
+        whole = self.weight_per == "tensor"
         rows = weight.detach().flatten(1)
+        rows = rows.reshape(1, -1) if whole else rows
         bound = rows.abs().amax(dim=1)
         if self.weight_ranges == "mse":
             bound = numerics.best_symmetric_bound(rows, bits)
         scale = numerics.symmetric_scale(bound, bits)
         scale = numerics.power_of_two(scale) if self.shifts else scale
-        zero = torch.zeros_like(scale)
+        scale = scale[0] if whole else scale
         return packed.Affine(
-            packed.Dense(weight), scale, zero, bits_wide=bits, symmetric=True, axis=0
+            packed.Dense(weight),
+            scale,
+            torch.zeros_like(scale),
+            bits_wide=bits,
+            symmetric=True,
+            axis=None if whole else 0,
         )
 
     def histograms(self, work: Work, plan: Mapping[str, str]) -> dict[str, statistics.Histogram]:
