@@ -12,6 +12,7 @@ import whet
 NAMES = [
     "Metric",
     "Recipe",
+    "Remembered",
     "Result",
     "Task",
     "WhetError",

@@ -406,7 +406,7 @@ def test_outputs_in_a_dict_with_a_loss_and_metric_of_its_own():
     found = whet.apply(recipe, task, **QUICK)
     distill, tune, int8 = found.readings["steps"]
     assert distill["refused"]
-    assert "Use FineTune for this task" in distill["notes"][-1]
+    assert "Use FineTune, or a loss between features" in distill["notes"][-1]
     assert tune["notes"][0].startswith("validation metric ")
     assert int8["metric"] is not None
     assert found.readings["original"]["metric"]["split"] == "validation"

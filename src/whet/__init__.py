@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Metric": "whet.task",
     "Recipe": "whet.recipe",
+    "Remembered": "whet.remembered",
     "Result": "whet.runner",
     "Task": "whet.task",
     "WhetError": "whet.errors",
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from whet.catalog import technique as step  # noqa: F401
     from whet.errors import WhetError as WhetError
     from whet.recipe import Recipe as Recipe
+    from whet.remembered import Remembered as Remembered
     from whet.runner import Result as Result
     from whet.runner import apply as apply
     from whet.runner import compress as compress

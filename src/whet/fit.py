@@ -173,14 +173,9 @@ class _Run:
                 break
             for group in self.optimizer.param_groups:
                 group["lr"] = self.schedule.lr * rate(self.step, self.steps, self.schedule.warmup)
-            self._step(each_tensor(inputs, self._placed), each_tensor(labels, self._placed))
+            self._step(placed(inputs, self.device), placed(labels, self.device))
             self.step += 1
             tell(self.step, self.steps)
-
-    def _placed(self, value: Tensor) -> Tensor:
-        """On the device; images in channels-last memory order."""
-        value = value.to(self.device)
-        return value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
 
     def _step(self, inputs: Any, labels: Any) -> None:
         self.optimizer.zero_grad()
@@ -195,6 +190,17 @@ class _Run:
             )
         self.accelerator.backward(loss)
         self.optimizer.step()
+
+
+def placed(value: Any, device: torch.device) -> Any:
+    """Nested tensors on `device`, images in channels-last memory order."""
+
+    def place(tensor: Tensor) -> Tensor:
+        tensor = tensor.to(device)
+        images = tensor.ndim == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if images else tensor
+
+    return each_tensor(value, place)
 
 
 def widened(outputs: Any) -> Any:

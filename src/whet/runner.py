@@ -12,7 +12,6 @@ import datetime
 import hashlib
 import json
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -21,7 +20,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -36,6 +34,7 @@ from whet.report.page import page
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
 from whet.task import Task, batch_size, tensors_in
+from whet.task import seed as seed_batches
 from whet.technique import Technique, Work
 
 LEAST = {"threads": 1, "rounds": 5, "seed": 0, "step_examples": 1}
@@ -242,13 +241,7 @@ def targets_of(name: str) -> list[Target]:
 
 def seed_all(seed: int, task: Task) -> None:
     """Seed everything random, generators inside the user's loaders included."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    for batches in (task.train, task.validation, task.calibration):
-        generator = getattr(batches, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
+    seed_batches(seed, task.train, task.validation, task.calibration)
 
 
 class _Run:

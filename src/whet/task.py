@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -239,6 +241,17 @@ class Task:
 
 def _finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+
+
+def seed(number: int, *loaders: Batches | None) -> None:
+    """Seed Python, NumPy and torch, and the generators that data loaders hold."""
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.manual_seed(number)
+    for batches in loaders:
+        generator = getattr(batches, "generator", None)
+        if isinstance(generator, torch.Generator):
+            generator.manual_seed(number)
 
 
 @contextmanager

@@ -121,7 +121,7 @@ class DropBlocks(Technique):
         assert work.task.validation is not None  # `needs` was checked before any work
         for inputs, labels in limited(work.task.validation, self.examples):
             with fit.quick(fit.bfloat16_pays(cpu), cpu):
-                outputs = work.model(*as_arguments(fit.moved(inputs, cpu)))
+                outputs = work.model(*as_arguments(fit.placed(inputs, cpu)))
             loss = work.task.penalty(fit.widened(outputs), labels)
             total, seen = total + float(loss) * batch_size(inputs), seen + batch_size(inputs)
         return total / seen
