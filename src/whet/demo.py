@@ -60,23 +60,24 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The CIFAR ResNet of depth 6n + 2: three stages of n blocks with 16, 32 and 64 channels.
+    """The CIFAR ResNet of depth 6n + 2: three stages of n blocks, each twice as wide as before.
 
     Args:
         depth: 8, 14, 20, ..., 56, 110.
         channels: of the input image.
         classes: of the output.
+        width: of the first stage.
     """
 
-    def __init__(self, depth: int, channels: int = 3, classes: int = 10) -> None:
+    def __init__(self, depth: int, channels: int = 3, classes: int = 10, width: int = 16) -> None:
         super().__init__()
         count = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(channels, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = self._stage(16, 16, 1, count)
-        self.layer2 = self._stage(16, 32, 2, count)
-        self.layer3 = self._stage(32, 64, 2, count)
-        self.linear = nn.Linear(64, classes)
+        self.conv1 = nn.Conv2d(channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self._stage(width, width, 1, count)
+        self.layer2 = self._stage(width, 2 * width, 2, count)
+        self.layer3 = self._stage(2 * width, 4 * width, 2, count)
+        self.linear = nn.Linear(4 * width, classes)
 
     @staticmethod
     def _stage(inner: int, outer: int, stride: int, count: int) -> nn.Sequential:
