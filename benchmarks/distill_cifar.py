@@ -5,8 +5,8 @@
 
 Students start from random weights, the same ones in every row of a seed. The teacher's scores are
 asked once for `--passes` passes over the training images, augmentation included, and lie on disk;
-objectives between features run it beside the student. 5,000 training images are left out of training
-and say which epoch's weights are kept; the 10,000 test images are read once a row.
+objectives between features run it beside the student. 5,000 training images are left out of
+training and say which epoch's weights are kept; the 10,000 test images are read once a row.
 """
 
 from __future__ import annotations
