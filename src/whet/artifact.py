@@ -12,8 +12,8 @@ Layout, all integers little-endian:
 
 The header lists the sections (name, offset, bytes, dtype, shape, bits, codec, CRC-32), the ledger
 that replays on the user's class, the forms, and the graph that needs no class. Names of torch
-operators are the only code in it, and only pure tensor operators are accepted. A section's codec
-is `raw` until entropy coding exists.
+operators are the only code in it, and only pure tensor operators are accepted. Each section has the
+codec that makes it smallest.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 from whet import packed
 from whet.codecs import raw
+from whet.codecs.choice import CODECS, smallest
 from whet.errors import BadInput, Damaged
 from whet.graph import program, surgery
 from whet.graph.trace import baked, export
@@ -74,10 +75,8 @@ def encode(model: nn.Module, example: tuple[Any, ...]) -> bytes:
     graph, constants = program.describe(export(twin, example))
     for name, tensor, bits in _tensors(model, forms, constants):
         array = _array(name, tensor)
-        blob = raw.encode(array, bits)
-        sections.append(
-            [name, offset, len(blob), str(array.dtype), list(array.shape), bits, raw.NAME]
-        )
+        codec, blob = smallest(array, bits)
+        sections.append([name, offset, len(blob), str(array.dtype), list(array.shape), bits, codec])
         sections[-1].append(zlib.crc32(blob))
         blobs.append(blob)
         offset += len(blob)
@@ -188,7 +187,7 @@ def _sections(header: Mapping[str, Any], body: memoryview) -> dict[str, Tensor]:
             sound = sound and math.prod(max(size, 1) for size in shape) <= MOST_VALUES
             sound = sound and offset == end and length >= 0 and offset + length <= len(body)
             sound = sound and dtype in raw.DTYPES and min(shape, default=0) >= 0
-            sound = sound and 1 <= bits <= 64 and name not in found and codec == raw.NAME
+            sound = sound and 1 <= bits <= 64 and name not in found and codec in CODECS
         except (TypeError, ValueError) as error:
             raise _damaged("an entry of its table of tensors is malformed") from error
         if not sound:
@@ -198,7 +197,7 @@ def _sections(header: Mapping[str, Any], body: memoryview) -> dict[str, Tensor]:
         blob = body[offset : offset + length]
         if zlib.crc32(blob) != crc:
             raise _damaged(f"the checksum of the tensor {name!r} does not match")
-        found[name] = torch.from_numpy(raw.decode(blob, tuple(shape), dtype, bits))
+        found[name] = torch.from_numpy(CODECS[codec].decode(blob, tuple(shape), dtype, bits))
         end = offset + length
     if end != len(body):
         raise _damaged(f"{len(body) - end} bytes belong to no tensor", "Do not trust it.")

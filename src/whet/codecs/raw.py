@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -37,8 +38,14 @@ def encode(values: np.ndarray, bits: int) -> bytes:
     flat = np.ascontiguousarray(values).reshape(-1)
     if bits == flat.dtype.itemsize * 8:
         return flat.astype(flat.dtype.newbyteorder("<"), copy=False).tobytes()
-    planes = (flat[:, None] >> np.arange(bits, dtype=flat.dtype)) & 1
-    return np.packbits(planes.astype(np.uint8), bitorder="little").tobytes()
+    rows = np.zeros((-(-len(flat) // 8), 8), np.uint64)  # eight values fill `bits` bytes
+    rows.reshape(-1)[: len(flat)] = flat.astype(np.uint64)
+    out = np.zeros((len(rows), bits), np.uint8)
+    for j, place, shift in places(bits):
+        # the byte `place` of the eight holds bits of the value j, moved by `shift`
+        value = rows[:, j] << np.uint64(shift) if shift >= 0 else rows[:, j] >> np.uint64(-shift)
+        out[:, place] |= value.astype(np.uint8)
+    return out.tobytes()[: packed_size(len(flat), bits)]
 
 
 def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: int) -> np.ndarray:
@@ -63,6 +70,22 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: i
     if bits == kind.itemsize * 8:
         little = np.frombuffer(data, dtype=kind.newbyteorder("<"))
         return little.astype(kind).reshape(shape)
-    bools = np.unpackbits(np.frombuffer(data, dtype=np.uint8), bitorder="little")[: count * bits]
-    planes = bools.reshape(count, bits).astype(kind)
-    return (planes << np.arange(bits, dtype=kind)).sum(axis=1, dtype=kind).reshape(shape)
+    rows = np.zeros((-(-count // 8), bits), np.uint8)
+    rows.reshape(-1)[: len(data)] = np.frombuffer(data, np.uint8)
+    out = np.zeros((len(rows), 8), np.uint64)
+    for j, place, shift in places(bits):
+        byte = rows[:, place].astype(np.uint64)
+        out[:, j] |= byte >> np.uint64(shift) if shift >= 0 else byte << np.uint64(-shift)
+    out &= np.uint64((1 << bits) - 1)
+    return out.reshape(-1)[:count].astype(kind).reshape(shape)
+
+
+def places(bits: int) -> Iterator[tuple[int, int, int]]:
+    """Where the bits of eight values lie in `bits` bytes, the lowest first.
+
+    Yields:
+        (value, byte, shift): the byte holds the value moved up by `shift` (down where negative).
+    """
+    for j in range(8):
+        for place in range(j * bits // 8, -(-(j + 1) * bits // 8)):
+            yield j, place, j * bits - 8 * place
