@@ -196,5 +196,5 @@ def entropy(counts: np.ndarray) -> float:
 
 
 def lanes_for(bits: float) -> int:
-    """As many lanes as half a percent of so many bits pays for, at 32 bits each."""
-    return int(min(max(bits * 0.005 / 32, 1), 4096))
+    """As many lanes as 0.8 % of so many bits pay for, at 32 bits each."""
+    return int(min(max(bits * 0.008 / 32, 1), 4096))
