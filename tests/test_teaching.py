@@ -11,10 +11,10 @@ from torch import nn
 from whet import catalog, fit
 from whet.errors import BadInput, Refused
 from whet.recipe import Recipe
-from whet.rungs.teaching import stages
+from whet.rungs.teaching import divergence, stages
 from whet.technique import Work
 from whet.techniques.distill.attentiontransfer import AttentionTransfer
-from whet.techniques.distill.distill import Distill, divergence
+from whet.techniques.distill.distill import Distill
 from whet.techniques.distill.finetune import FineTune
 from whet.techniques.distill.fitnet import FitNet
 from whet.testing import tiny_task

@@ -27,13 +27,18 @@ class Need(Enum):
 
     TRAIN = "training batches (Task.train)"
     STATISTICS = "calibration or training batches (Task.calibration)"
+    UNLABELED = "unlabeled inputs (Task.calibration)"
     VALIDATION = "validation batches (Task.validation)"
 
     def met(self, task: Task) -> bool:
         """Whether `task` brings it."""
-        if self is Need.STATISTICS:
-            return task.statistics() is not None
-        return (task.train if self is Need.TRAIN else task.validation) is not None
+        found = {
+            Need.TRAIN: task.train,
+            Need.STATISTICS: task.statistics(),
+            Need.UNLABELED: task.calibration,
+            Need.VALIDATION: task.validation,
+        }
+        return found[self] is not None
 
 
 @dataclass

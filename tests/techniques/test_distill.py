@@ -10,8 +10,9 @@ from pydantic import ValidationError
 from torch import nn
 
 from whet import fit
+from whet.rungs.teaching import divergence
 from whet.technique import Need, Work
-from whet.techniques.distill.distill import Distill, divergence
+from whet.techniques.distill.distill import Distill
 from whet.techniques.distill.finetune import FineTune
 from whet.techniques.prune.l1filters import L1Filters
 from whet.testing import tiny_task

@@ -19,7 +19,7 @@ from whet.fit import Schedule, widened
 from whet.graph import folding
 from whet.graph.trace import baked
 from whet.rungs.training import Together, TrainTechnique
-from whet.task import as_arguments, evaluating, tensors_in
+from whet.task import Task, as_arguments, evaluating, tensors_in
 from whet.technique import Technique, Work
 
 Features = Mapping[str, Tensor]  # by the student's module
@@ -109,27 +109,68 @@ class LogitTechnique(DistillTechnique):
         """0-d, of z_s and z_t, [batch, classes]."""
 
     def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
-        if work.task.loss is not F.cross_entropy:
+        check_scores(self.name, work.task, heard.student, heard.teacher)
+        return lambda heard: self.loss(heard.student, heard.teacher, heard.labels)
+
+
+def check_scores(asked: str, task: Task, student: Any, teacher: Any) -> None:
+    """Check that a student and its teacher score the same classes.
+
+    Args:
+        asked: for whom.
+        task: its loss is the cross-entropy of class scores.
+        student: what the student gives; likewise `teacher`.
+
+    Raises:
+        Refused: they do not.
+    """
+    if task.loss is not F.cross_entropy:
+        raise Refused(
+            asked,
+            "the task has a loss of its own, so its outputs may not be class scores",
+            "Use FineTune, or a loss between features such as FitNet.",
+        )
+    for whose, z in (("its outputs", student), ("the teacher's outputs", teacher)):
+        if not (torch.is_tensor(z) and z.ndim == 2 and z.is_floating_point()):
             raise Refused(
-                self.name,
-                "the task has a loss of its own, so its outputs may not be class scores",
+                asked,
+                f"{whose} are no class scores [batch, classes]",
                 "Use FineTune, or a loss between features such as FitNet.",
             )
-        for whose, z in (("its outputs", heard.student), ("the teacher's outputs", heard.teacher)):
-            if not (torch.is_tensor(z) and z.ndim == 2 and z.is_floating_point()):
-                raise Refused(
-                    self.name,
-                    f"{whose} are no class scores [batch, classes]",
-                    "Use FineTune, or a loss between features such as FitNet.",
-                )
-        if heard.student.shape != heard.teacher.shape:
-            raise Refused(
-                self.name,
-                f"the student scores {heard.student.shape[1]} classes, the teacher "
-                f"{heard.teacher.shape[1]}",
-                "Give them the same classes, or use a loss between features such as FitNet.",
-            )
-        return lambda heard: self.loss(heard.student, heard.teacher, heard.labels)
+    if student.shape != teacher.shape:
+        raise Refused(
+            asked,
+            f"the student scores {student.shape[1]} classes, the teacher {teacher.shape[1]}",
+            "Give them the same classes, or use a loss between features such as FitNet.",
+        )
+
+
+def image_of(asked: str, task: Task) -> Tensor:
+    """Task.example, where it is one batch of images, [batch, channels, height, width].
+
+    Raises:
+        Refused: it is not.
+    """
+    image = task.example[0] if len(task.example) == 1 else None
+    if not (torch.is_tensor(image) and image.ndim == 4 and image.is_floating_point()):
+        raise Refused(
+            asked,
+            "Task.example is no single batch of images [batch, channels, height, width]",
+            "Use FineTune, or Distill.",
+        )
+    return image
+
+
+def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), the mean over the batch.
+
+    Args:
+        student: z_s, [batch, classes]; likewise `teacher`, z_t.
+        temperature: T.
+    """
+    log_s = F.log_softmax(student / temperature, dim=1)
+    log_t = F.log_softmax(teacher / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
 class FeatureTechnique(DistillTechnique):

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from whet import packed
 from whet.errors import Refused
-from whet.fit import Schedule, fit, widened
+from whet.fit import Objective, Schedule, fit, widened
 from whet.graph import folding
 from whet.rungs.layers import LayerTechnique, keep
-from whet.task import as_arguments, evaluate, tensors_in
+from whet.task import Batches, as_arguments, evaluate, tensors_in
 from whet.technique import Need, Technique, Work
 
 
@@ -41,21 +41,41 @@ class TrainTechnique(Technique, Schedule):
         ready: Callable[[], bool] = lambda: True,
     ) -> None:
         """Train `work.model`; the best weights on validation among those that are `ready` stay."""
-        task, metric = work.task, work.task.measure
-        assert task.train is not None  # `needs` was checked before any work
-        score, sign = None, 1.0
-        if task.validation is not None:
-            sign = 1.0 if metric.better == "higher" else -1.0
-            batches = task.validation
-            score = lambda m: sign * evaluate(m, batches, metric) if ready() else -math.inf  # noqa: E731
-        scores = fit(work.model, task.train, objective, self, score, tell)
-        scores = [score for score in scores if score > -math.inf]
-        if scores:
-            best = max(scores)
-            work.notes.append(
-                f"validation {metric.name} {sign * scores[0]:.4f} -> {sign * best:.4f} "
-                f"(best of {len(scores) - 1} epochs)."
-            )
+        assert work.task.train is not None  # `needs` was checked before any work
+        train(work, work.task.train, objective, self, tell, ready)
+
+
+def train(
+    work: Work,
+    batches: Batches,
+    objective: Objective,
+    schedule: Schedule,
+    tell: Callable[[int, int], None],
+    ready: Callable[[], bool] = lambda: True,
+) -> None:
+    """Train `work.model`; the best weights on validation among those that are `ready` stay.
+
+    Args:
+        work: its validation data is looked at, where there is any, else the last weights stay.
+        batches: to train on.
+        objective: (inputs, labels, outputs) -> 0-d loss.
+        schedule: how.
+        tell: progress.
+        ready: whether the weights can be kept as they are now.
+    """
+    metric, validation = work.task.measure, work.task.validation
+    score, sign = None, 1.0
+    if validation is not None:
+        sign = 1.0 if metric.better == "higher" else -1.0
+        score = lambda m: sign * evaluate(m, validation, metric) if ready() else -math.inf  # noqa: E731
+    scores = fit(work.model, batches, objective, schedule, score, tell)
+    scores = [score for score in scores if score > -math.inf]
+    if scores:
+        best = max(scores)
+        work.notes.append(
+            f"validation {metric.name} {sign * scores[0]:.4f} -> {sign * best:.4f} "
+            f"(best of {len(scores) - 1} epochs)."
+        )
 
 
 class Together(nn.Module):

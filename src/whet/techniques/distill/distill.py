@@ -16,11 +16,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from whet.rungs.teaching import LogitTechnique
+from whet.rungs.teaching import LogitTechnique, divergence
 
 
 class Distill(LogitTechnique):
@@ -32,15 +31,3 @@ class Distill(LogitTechnique):
 
     def loss(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
         return divergence(student, teacher, self.temperature)
-
-
-def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)), the mean over the batch.
-
-    Args:
-        student: z_s, [batch, classes]; likewise `teacher`, z_t.
-        temperature: T.
-    """
-    log_s = F.log_softmax(student / temperature, dim=1)
-    log_t = F.log_softmax(teacher / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)

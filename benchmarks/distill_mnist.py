@@ -1,0 +1,131 @@
+"""MNIST: a small LeNet learns from a large one, from no data, and from images without labels.
+
+    WHET_DATA=... python benchmarks/distill_mnist.py teacher
+    WHET_DATA=... python benchmarks/distill_mnist.py no-data
+    WHET_DATA=... python benchmarks/distill_mnist.py few-labels --seeds 0 1 2
+
+teacher: half of LeNet-5-Caffe learns from the whole of it, and from the labels alone. no-data: the
+same with DataFree, which sees neither training nor validation images. few-labels: LeNet-5 on 500
+labels, the same for as many steps more, and PseudoLabel with 10,000 unlabeled images.
+
+The last 5,000 training images are kept for validation. They choose weights in `teacher` alone; the
+last ones count in the others. The test images are read once a row. Data as for mnist_sparsity.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from mnist_quantized import shown, trained
+from mnist_sparsity import HELD_OUT, images, lenet5, mnist, train
+from torch import nn
+
+from whet import catalog
+from whet.demo import Shifted, in_batches
+from whet.measure.signature import signature
+from whet.runner import seed_all
+from whet.task import Task
+from whet.technique import Work
+
+LABELED, UNLABELED = 500, 10_000
+TAUGHT = trained(8, lr=2e-3)
+NO_DATA = {"steps": 4000, "width": 16, "beta": 20.0}
+FEW, LONGER = trained(100, lr=2e-3), trained(200, lr=1e-3)
+PSEUDO = trained(10, lr=1e-3, confidence=0.9)
+
+
+def half_lenet() -> nn.Module:
+    """LeNet-5-Caffe with half of its channels and hidden units."""
+    return nn.Sequential(
+        *(nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU()),
+        *(nn.Conv2d(10, 25, 5), nn.MaxPool2d(2), nn.ReLU()),
+        nn.Flatten(),
+        *(nn.Linear(400, 250), nn.ReLU()),
+        nn.Linear(250, 10),
+    )
+
+
+def main() -> None:
+    """Print the table of one setting, a few rows a seed."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("setting", choices=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--shift", type=int, default=1, help="pixels that images move by")
+    parser.add_argument("--validation-only", action="store_true", help="leave the test images out")
+    options = parser.parse_args()
+    print("| seed | | validation % | test % | drop pp | goal | model.whet bytes | CPU min |")
+    print("|---|---|---|---|---|---|---|---|")
+    for seed in options.seeds:
+        torch.manual_seed(seed)
+        task = mnist(lenet5(), options.shift, tested=not options.validation_only)
+        seed_all(seed, task)
+        SETTINGS[options.setting](task, seed)
+    said = signature("torch", 1, options.seeds[0], 1, 1)
+    print(f"\n{said['device']}, load {said['load']}, torch {said['versions']['torch']}")
+
+
+def taught(task: Task, seed: int) -> None:
+    """A student with and without a teacher."""
+    whole = large(task, seed)
+    pupil = student(task, seed)
+    for name, goal in (("FineTune", ""), ("Distill", "98.9")):
+        row(pupil, (name, TAUGHT), (seed, f"half, {name}", goal), whole)
+
+
+def without_data(task: Task, seed: int) -> None:
+    """A student of a teacher whose data is gone."""
+    whole = large(task, seed)
+    pupil = replace(student(task, seed), train=None)
+    row(pupil, ("DataFree", NO_DATA), (seed, "half, DataFree", "98.0"), whole)
+
+
+def few_labels(task: Task, seed: int) -> None:
+    """500 labels alone, and with images that have none."""
+    x, y = images("train")
+    order = torch.randperm(len(x) - HELD_OUT)
+    few, more = order[:LABELED], order[LABELED : LABELED + UNLABELED]
+    task = replace(
+        task,
+        train=Shifted(x[few], y[few], most=2, batch=50),
+        calibration=in_batches(x[more], torch.zeros(len(more)), 500),
+    )
+    base = row(task, ("FineTune", FEW), (seed, "500 labels", ""), None)
+    task = replace(task, model=base[0])
+    row(task, ("FineTune", LONGER), (seed, "500 labels, longer", ""), base[1])
+    row(task, ("PseudoLabel", PSEUDO), (seed, "and 10,000 images, PseudoLabel", "-1"), base[1])
+
+
+def large(task: Task, seed: int) -> float:
+    """Train the teacher; the share of right answers."""
+    began = time.process_time()
+    train(task, 4)
+    return shown(task, task.model, (seed, "teacher", ""), None, time.process_time() - began)
+
+
+def student(task: Task, seed: int) -> Task:
+    """The task of a fresh half, whose teacher is the task's network."""
+    torch.manual_seed(seed)
+    return replace(task, model=half_lenet(), teachers=(task.model,))
+
+
+def row(
+    task: Task, step: tuple[str, dict[str, Any]], said: tuple[int, str, str], whole: float | None
+) -> tuple[nn.Module, float]:
+    """Print what one step makes of a copy of the network; that, and its share of right answers."""
+    seed_all(said[0], task)
+    began = time.process_time()
+    chosen = task if step[1] is TAUGHT else replace(task, validation=None)
+    work = Work(copy.deepcopy(task.model), task.model, chosen)
+    catalog.technique(*step).apply(work)
+    return work.model, shown(task, work.model, said, whole, time.process_time() - began)
+
+
+SETTINGS = {"teacher": taught, "no-data": without_data, "few-labels": few_labels}
+
+if __name__ == "__main__":
+    main()

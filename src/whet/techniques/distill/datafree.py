@@ -1,0 +1,190 @@
+"""DataFree: the student learns from its teacher on images that a generator makes: no data.
+
+    min_G  L_oh + alpha L_a + beta L_ie,   min_S  T^2 KL(p_t^T || p_s^T),   both on x = G(z)
+
+    L_oh = CE(z_t, argmax z_t)       the teacher is sure of what it sees
+    L_a  = -mean |f_t|               its features are strong
+    L_ie = sum_c q_c log q_c         it sees all classes equally often, q = mean softmax(z_t)
+
+f_t is what the teacher's last linear layer reads. Each step makes one batch, from which the student
+learns how the teacher answers; then the generator takes a step.
+
+Paper: Chen et al. 2019, Data-Free Learning of Student Networks.
+Helps when: the training data is lost or secret, and the classes are few and balanced.
+Hurts when: there is data, even unlabeled: Distill is better and cheaper. A student's BatchNorm
+    learns the statistics of generated images, which are not those of the real ones.
+Needs: nothing but the teacher; one batch of images in, class scores out.
+Costs: a forward and backward pass of the generator and of the teacher on top of training.
+
+Departures: the student is trained like any other, with a schedule for its learning rate; L_a is the
+mean over features, so that alpha does not depend on their number, as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from whet.errors import Refused
+from whet.fit import Schedule
+from whet.rungs.teaching import Teacher, check_scores, divergence, image_of
+from whet.rungs.training import train
+from whet.task import evaluating
+from whet.technique import Technique, Work
+
+
+class DataFree(Technique):
+    """Train on what the teacher says of generated images."""
+
+    tiny: ClassVar[dict[str, Any]] = {"steps": 3, "batch": 8, "latent": 8, "width": 4}
+
+    steps: Annotated[int, Field(ge=1, description="batches to make and learn from")] = 4000
+    batch: Annotated[int, Field(ge=2, description="images in a batch")] = 128
+    latent: Annotated[int, Field(ge=1, description="numbers that an image is made from")] = 100
+    width: Annotated[int, Field(ge=1, description="channels of the generator")] = 32
+    lr: Annotated[float, Field(gt=0, le=10, description="of the student, AdamW")] = 2e-3
+    generator_lr: Annotated[float, Field(gt=0, le=10, description="of the generator, Adam")] = 1e-2
+    alpha: Annotated[float, Field(ge=0, le=1e6, description="weight of strong features")] = 0.1
+    beta: Annotated[float, Field(ge=0, le=1e6, description="weight of balanced classes")] = 5.0
+    temperature: Annotated[float, Field(gt=0, le=100, description="T")] = 1.0
+    every: Annotated[
+        int, Field(ge=1, description="steps between two looks at validation data, if there is any")
+    ] = 200
+
+    def apply(self, work: Work) -> None:
+        image, example = image_of(self.name, work.task), work.task.example
+        networks = work.task.teachers or (work.parent,)
+        critics = [Critic(Teacher(network, example, set()), example) for network in networks]
+        with torch.no_grad(), evaluating(work.model):
+            outputs = work.model(*example)
+        for critic in critics:
+            check_scores(self.name, work.task, outputs, critic(image)[0])
+            if self.alpha and critic.last is None:
+                raise Refused(
+                    self.name,
+                    "the teacher calls no nn.Linear whose input could be looked at",
+                    "Set alpha: 0.",
+                )
+        schedule = Schedule(
+            epochs=self.steps / min(self.every, self.steps),
+            lr=self.lr,
+            optimizer="adamw",
+            weight_decay=0.0,
+        )
+
+        def objective(inputs: Tensor, answers: list[Tensor], outputs: Tensor) -> Tensor:
+            losses = [divergence(outputs, answer, self.temperature) for answer in answers]
+            return torch.stack(losses).mean()
+
+        made = Made(self, work.model, critics, image)
+        train(work, made, objective, schedule, work.tell)
+
+
+def sure(z: Tensor) -> Tensor:
+    """L_oh = CE(z, argmax z), the mean over the batch; z [batch, classes]."""
+    return F.cross_entropy(z, z.argmax(dim=1))
+
+
+def strong(f: Tensor) -> Tensor:
+    """L_a = -mean |f|."""
+    return -f.abs().mean()
+
+
+def balanced(z: Tensor) -> Tensor:
+    """L_ie = sum_c q_c log q_c, q = mean_batch softmax(z); at the least -log classes."""
+    q = F.softmax(z, dim=1).mean(dim=0)
+    return -torch.special.entr(q).sum()
+
+
+def generator(image: Tensor, latent: int, width: int) -> nn.Sequential:
+    """[n, latent] -> images of the size of `image`, each channel with mean 0 and variance 1."""
+    channels, *size = image.shape[1:]
+    quarter, half = (tuple(-(-side // by) for side in size) for by in (4, 2))
+    return nn.Sequential(
+        nn.Linear(latent, width * quarter[0] * quarter[1]),
+        nn.Unflatten(1, (width, *quarter)),
+        nn.BatchNorm2d(width),
+        nn.Upsample(half),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)),
+        nn.Upsample(tuple(size)),
+        *(nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.LeakyReLU(0.2)),
+        *(nn.Conv2d(width, channels, 3, padding=1), nn.Tanh()),
+        nn.BatchNorm2d(channels, affine=False),
+    )
+
+
+class Critic:
+    """A teacher that says what it makes of images, and from which features; with a gradient.
+
+    Args:
+        teacher: it stays as it is.
+        example: one call's inputs.
+    """
+
+    def __init__(self, teacher: Teacher, example: tuple[Any, ...]) -> None:
+        self.network = teacher.network
+        self.last: nn.Module | None = None
+        self.features: Tensor | None = None
+        for module in self.network.modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_pre_hook(self._note)
+        with torch.no_grad():
+            self.network(*example)
+
+    def _note(self, module: nn.Module, args: Any) -> None:
+        self.last, self.features = module, args[0]
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        self.network.to(images.device)
+        scores = self.network(images)
+        return scores, self.features
+
+
+class Made:
+    """Batches of (images, what each teacher says of them); each one taken trains the generator.
+
+    Args:
+        knobs: of the step.
+        student: images are made where it is.
+        critics: the teachers.
+        image: the shape of an image, one batch.
+    """
+
+    def __init__(
+        self, knobs: DataFree, student: nn.Module, critics: list[Critic], image: Tensor
+    ) -> None:
+        self.knobs, self.student, self.critics = knobs, student, critics
+        self.generator = generator(image, knobs.latent, knobs.width).train()
+        self.generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=knobs.generator_lr)
+
+    def __len__(self) -> int:
+        return min(self.knobs.every, self.knobs.steps)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        device = next(self.student.parameters()).device
+        self.generator.to(device)
+        for _ in range(len(self)):
+            yield self.step(torch.randn(self.knobs.batch, self.knobs.latent, device=device))
+
+    def step(self, z: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images of `z` and the answers to them; then the generator takes a step."""
+        images = self.generator(z)
+        heard = [critic(images) for critic in self.critics]
+        loss = torch.stack([self.loss(scores, features) for scores, features in heard]).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return images.detach(), [scores.detach() for scores, _ in heard]
+
+    def loss(self, scores: Tensor, features: Tensor | None) -> Tensor:
+        """L_oh + alpha L_a + beta L_ie, of one teacher."""
+        parts = [sure(scores), self.knobs.beta * balanced(scores)]
+        if features is not None:
+            parts.append(self.knobs.alpha * strong(features))
+        return torch.stack(parts).sum()
