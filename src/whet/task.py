@@ -66,7 +66,8 @@ class Task:
         train: batches (inputs, labels); any re-iterable: a DataLoader, a list.
         validation: batches that decisions may look at.
         test: batches for the final figures, read once for the original and once for the result.
-        calibration: batches for statistics; labels are ignored; default: `train`.
+        calibration: unlabeled batches: for statistics, by default those of `train`, or to be
+            labeled; labels are ignored.
         loss: (outputs, labels) -> 0-d tensor; default cross-entropy for integer labels.
         metric: a Metric, or a function (outputs, labels) -> batch mean, higher is better.
         name: what reports call it.

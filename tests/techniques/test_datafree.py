@@ -12,6 +12,7 @@ from torch import nn
 from whet import fit
 from whet.rungs.teaching import Teacher, divergence
 from whet.technique import Work
+from whet.techniques.distill import datafree
 from whet.techniques.distill.datafree import (
     Critic,
     DataFree,
@@ -89,10 +90,13 @@ def made(task, **knobs):
 def test_features_are_what_the_last_linear_layer_reads():
     task = tiny_task("flatten_cnn")
     critic = Critic(Teacher(task.model, task.example, set()), task.example)
-    images = torch.randn(5, 3, 8, 8)
+    images = torch.randn(5, 3, 8, 8, requires_grad=True)
     scores, features = critic(images)
     torch.testing.assert_close(scores, task.model(images))
     torch.testing.assert_close(features, task.model[:-1](images))
+    for part in (strong(features), sure(scores), balanced(scores)):
+        (gradient,) = torch.autograd.grad(part, images, retain_graph=True)
+        assert bool(gradient.any())
 
 
 def test_the_generator_minimizes_the_weighted_sum():
@@ -122,14 +126,27 @@ def test_each_batch_is_what_the_teacher_says_and_moves_the_generator(lesson):
     assert loss() < before - 0.2
 
 
-def test_as_many_batches_are_made_as_there_are_steps(monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_student_follows_with_the_divergence_from_the_teacher(lesson, monkeypatch, temperature):
+    task, _ = lesson
+    objectives = []
+    monkeypatch.setattr(datafree, "train", lambda *given: objectives.append(given[2]))
+    technique = DataFree(**SHORT | {"temperature": temperature})
+    technique.apply(Work(copy.deepcopy(task.model), task.model, task))
+    outputs, answers = torch.randn(6, 4), [torch.randn(6, 4), torch.randn(6, 4)]
+    expected = sum(divergence(outputs, z, temperature) for z in answers) / 2
+    torch.testing.assert_close(objectives[0](None, answers, outputs), expected)
+
+
+@pytest.mark.parametrize("every", [1, 3, 200])
+def test_as_many_batches_are_made_as_there_are_steps(monkeypatch, every):
     calls = []
     whole = Made.step
     monkeypatch.setattr(Made, "step", lambda self, z: calls.append(z.shape) or whole(self, z))
     task = replace(tiny_task("plain_cnn"), validation=None)
     told = []
     work = Work(copy.deepcopy(task.model), task.model, task, tell=lambda *x: told.append(x))
-    DataFree(**SHORT | {"steps": 6, "every": 3}).apply(work)
+    DataFree(**SHORT | {"steps": 6, "every": every}).apply(work)
     assert told == [(k, 6) for k in range(1, 7)]
     assert calls == [(8, 8)] * 6
 
@@ -158,13 +175,15 @@ def test_the_student_comes_nearer_to_its_teacher_without_any_data(apply, lesson)
 def test_of_several_teachers_the_mean_counts(apply, lesson):
     task, _ = lesson
     task, (teacher,) = replace(task, **BARE), task.teachers
+    other = perceptron()
     made = []
-    for teachers in ((teacher,), (teacher, teacher), (teacher, perceptron())):
+    for teachers in ((teacher,), (teacher, teacher), (teacher, other), (other, teacher)):
         torch.manual_seed(1)
         model = apply(replace(task, teachers=teachers), DataFree(**SHORT)).model
         made.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(made[1], made[0])
     assert float((made[2] - made[0]).abs().max()) > 1e-3
+    torch.testing.assert_close(made[3], made[2], rtol=1e-3, atol=1e-4)
 
 
 def test_no_image_of_the_task_is_read(apply, lesson):
