@@ -151,6 +151,18 @@ def test_as_many_batches_are_made_as_there_are_steps(monkeypatch, every):
     assert calls == [(8, 8)] * 6
 
 
+@pytest.mark.parametrize(("steps", "every"), [(10_001, 1), (25_000, 2), (1_000_000, 200)])
+def test_many_steps_fit_a_schedule(lesson, monkeypatch, steps, every):
+    task, _ = lesson
+    given = []
+    monkeypatch.setattr(datafree, "train", lambda *each: given.extend(each))
+    technique = DataFree(**SHORT | {"steps": steps, "every": every})
+    technique.apply(Work(copy.deepcopy(task.model), task.model, task))
+    _, made, _, schedule, _ = given
+    assert len(made) >= every
+    assert round(schedule.epochs * len(made)) == steps
+
+
 BARE = {"train": None, "validation": None, "test": None, "calibration": None}
 
 

@@ -110,7 +110,7 @@ def test_a_pass_brings_every_labeled_batch_and_every_image_with_its_own_label():
     x = torch.arange(22.0).reshape(22, 1, 1, 1)
     union = Union(labeled, x, torch.arange(22) + 100, transforms(0, False))
     assert len(union) == 3 + 5  # two images wait for the next pass
-    orders = set()
+    orders, places = set(), set()
     for _ in range(5):
         batches = list(union)
         assert len(batches) == 8
@@ -119,8 +119,10 @@ def test_a_pass_brings_every_labeled_batch_and_every_image_with_its_own_label():
         new = [(a, b) for a, b in batches if int(b[0]) >= 100]
         assert all(len(b) == 4 and torch.equal(a.flatten() + 100, b) for a, b in new)
         assert len({int(k) for _, b in new for k in b}) == 20
-        orders.add(tuple(int(b[0]) for _, b in batches))
+        orders.add(tuple(int(b[0]) for _, b in new))
+        places.add(tuple(int(b[0]) < 100 for _, b in batches))
     assert len(orders) == 5
+    assert len(places) > 1
 
 
 def test_batches_without_a_length_are_counted():

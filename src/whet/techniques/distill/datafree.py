@@ -53,7 +53,7 @@ class DataFree(Technique):
     beta: Annotated[float, Field(ge=0, le=1e6, description="weight of balanced classes")] = 5.0
     temperature: Annotated[float, Field(gt=0, le=100, description="T")] = 1.0
     every: Annotated[
-        int, Field(ge=1, description="steps between two looks at validation data, if there is any")
+        int, Field(ge=1, description="steps between looks at validation data; 10,000 looks at most")
     ] = 200
 
     def apply(self, work: Work) -> None:
@@ -70,8 +70,9 @@ class DataFree(Technique):
                     "the teacher calls no nn.Linear whose input could be looked at",
                     "Set alpha: 0.",
                 )
+        made = Made(self, work.model, critics, image)
         schedule = Schedule(
-            epochs=self.steps / min(self.every, self.steps),
+            epochs=self.steps / len(made),
             lr=self.lr,
             optimizer="adamw",
             weight_decay=0.0,
@@ -81,7 +82,6 @@ class DataFree(Technique):
             losses = [divergence(outputs, answer, self.temperature) for answer in answers]
             return torch.stack(losses).mean()
 
-        made = Made(self, work.model, critics, image)
         train(work, made, objective, schedule, work.tell)
 
 
@@ -164,7 +164,8 @@ class Made:
         self.optimizer = torch.optim.Adam(self.generator.parameters(), lr=knobs.generator_lr)
 
     def __len__(self) -> int:
-        return min(self.knobs.every, self.knobs.steps)
+        """Batches between two looks; a `Schedule` has at most 10,000 epochs."""
+        return min(max(self.knobs.every, -(-self.knobs.steps // 10_000)), self.knobs.steps)
 
     def __iter__(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         device = next(self.student.parameters()).device
