@@ -1,6 +1,7 @@
 """MNIST: a small LeNet learns from a large one, from no data, and from images without labels.
 
-    WHET_DATA=... python benchmarks/distill_mnist.py teacher no-data
+    WHET_DATA=... python benchmarks/distill_mnist.py teacher
+    WHET_DATA=... python benchmarks/distill_mnist.py no-data
     WHET_DATA=... python benchmarks/distill_mnist.py few-labels --seeds 0 1 2
 
 teacher: half of LeNet-5-Caffe learns from the whole of it, and from the labels alone. no-data: the
