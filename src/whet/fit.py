@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
@@ -104,92 +106,137 @@ def fit(
     Raises:
         BadInput: the loss is NaN or infinite.
     """
+    return fit_together([Learner(model, objective, score)], batches, schedule, tell)[0]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """One network that trains.
+
+    Args:
+        model: it is trained in place.
+        objective: (inputs, labels, outputs) -> 0-d loss.
+        score: as `fit` takes it.
+        stream: entered around all that it computes, so that it may draw random numbers of its own.
+        apart: it is another network in every worker, whose gradients are not averaged.
+    """
+
+    model: nn.Module
+    objective: Objective
+    score: Callable[[nn.Module], float] | None = None
+    stream: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    apart: bool = False
+
+
+def fit_together(
+    learners: Sequence[Learner],
+    batches: Batches,
+    schedule: Schedule,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> list[list[float]]:
+    """`fit` each of `learners` on the same pass over the batches; none knows of the others.
+
+    Returns:
+        The scores of each, in order.
+
+    Raises:
+        BadInput: a loss is NaN or infinite.
+    """
     accelerator = Accelerator()
     length = _length(batches)
     steps = max(1, round(schedule.epochs * length))
-    run = _Run(accelerator, model, _optimizer(model, schedule), objective, schedule, steps)
-    ask = run.scored(score) if score else None
-    scores = [ask()] if ask else []
-    best = copy.deepcopy(model.state_dict()) if ask else None
-    stale = 0
-    while run.step < steps:
-        before = run.step
-        run.epoch(batches, min(length, steps - run.step), tell)
-        if run.step == before:
+    runs = [_Run(accelerator, learner, schedule, steps) for learner in learners]
+    for run in runs:
+        run.judge()
+    step = 0
+    while step < steps and (learning := [run for run in runs if not run.done]):
+        before, most = step, min(length, steps - step)
+        for run in learning:
+            run.model.train()
+        for done, (inputs, labels) in enumerate(batches):
+            if done >= most:
+                break
+            inputs, labels = placed(inputs, accelerator.device), placed(labels, accelerator.device)
+            for run in learning:
+                run.learn(inputs, labels, step)
+            step += 1
+            tell(step, steps)
+        if step == before:
             raise BadInput(
                 "train the network",
                 "the training batches gave none",
                 "Give a list or a DataLoader with at least one batch, not a generator.",
             )
-        if ask is None:
-            continue
-        scores.append(ask())
-        if scores[-1] > max(scores[:-1]):
-            best, stale = copy.deepcopy(model.state_dict()), 0
-        elif max(scores) > -math.inf:
-            stale += 1
-        if schedule.patience is not None and stale >= schedule.patience:
-            break
-    if best is not None:
-        model.load_state_dict(best)
-    model.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
-    return scores
+        for run in learning:
+            run.judge()
+    for run in runs:
+        run.finish()
+    return [run.scores for run in runs]
 
 
 class _Run:
-    """The moving parts of one training: model, optimizer, step."""
+    """The moving parts of one training: model, optimizer, the best weights so far."""
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        objective: Objective,
-        schedule: Schedule,
-        steps: int,
+        self, accelerator: Accelerator, learner: Learner, schedule: Schedule, steps: int
     ) -> None:
-        self.accelerator, self.objective, self.schedule = accelerator, objective, schedule
-        self.steps, self.step = steps, 0
+        self.accelerator, self.learner = accelerator, learner
+        self.schedule, self.steps = schedule, steps
+        optimizer = _optimizer(learner.model, schedule)
         # convolutions train faster in channels-last memory order
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        learner.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if learner.apart:
+            self.model = accelerator.prepare_model(learner.model, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        else:
+            self.model, self.optimizer = accelerator.prepare(learner.model, optimizer)
         self.device = accelerator.device
         wish = schedule.precision
         self.low = wish == "bf16" or (wish == "auto" and bfloat16_pays(self.device))
+        self.scores: list[float] = []
+        self.best: dict[str, Any] | None = None
+        self.stale = 0
 
-    def scored(self, score: Callable[[nn.Module], float]) -> Callable[[], float]:
-        """`score` of the model as it trains, in the precision of training."""
+    @property
+    def done(self) -> bool:
+        """Whether patience has run out."""
+        return self.schedule.patience is not None and self.stale >= self.schedule.patience
 
-        def ask() -> float:
-            with quick(self.low, self.device):
-                return score(self.model)
+    def judge(self) -> None:
+        """Score the model as it trains, in the precision of training; remember the best weights."""
+        if self.learner.score is None:
+            return
+        with self.learner.stream, quick(self.low, self.device):
+            self.scores.append(self.learner.score(self.model))
+        if self.best is None or self.scores[-1] > max(self.scores[:-1]):
+            self.best, self.stale = copy.deepcopy(self.learner.model.state_dict()), 0
+        elif max(self.scores) > -math.inf:
+            self.stale += 1
 
-        return ask
-
-    def epoch(self, batches: Batches, most: int, tell: Callable[[int, int], None]) -> None:
-        self.model.train()
-        for done, (inputs, labels) in enumerate(batches):
-            if done >= most:
-                break
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.schedule.lr * rate(self.step, self.steps, self.schedule.warmup)
-            self._step(placed(inputs, self.device), placed(labels, self.device))
-            self.step += 1
-            tell(self.step, self.steps)
-
-    def _step(self, inputs: Any, labels: Any) -> None:
+    def learn(self, inputs: Any, labels: Any, step: int) -> None:
+        """One step of the optimizer, the one after `step` others."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.lr * rate(step, self.steps, self.schedule.warmup)
         self.optimizer.zero_grad()
-        with quick(self.low, self.device):
-            outputs = self.model(*as_arguments(inputs))
-            loss = self.objective(inputs, labels, widened(outputs))
-        if not bool(torch.isfinite(loss)):
-            raise BadInput(
-                "train the network",
-                f"the loss is {float(loss.detach())} at step {self.step + 1} of {self.steps}",
-                "Lower lr, or look for NaN in the training data.",
-            )
-        self.accelerator.backward(loss)
+        with self.learner.stream:
+            with quick(self.low, self.device):
+                outputs = self.model(*as_arguments(inputs))
+                loss = self.learner.objective(inputs, labels, widened(outputs))
+            if not bool(torch.isfinite(loss)):
+                raise BadInput(
+                    "train the network",
+                    f"the loss is {float(loss.detach())} at step {step + 1} of {self.steps}",
+                    "Lower lr, or look for NaN in the training data.",
+                )
+            self.accelerator.backward(loss)
         self.optimizer.step()
+
+    def finish(self) -> None:
+        """Leave the model with its best weights, ready to answer."""
+        model = self.learner.model
+        if self.best is not None:
+            model.load_state_dict(self.best)
+        model.to("cpu").to(memory_format=torch.contiguous_format).eval()  # type: ignore[call-overload]
 
 
 def placed(value: Any, device: torch.device) -> Any:

@@ -33,13 +33,13 @@ def test_a_linear_map_of_the_features_is_learned():
     wanted = nn.Conv2d(3, 7, 1, bias=False)(f_s).detach()
     hints = Hints(heard(f_s, wanted))
     optimizer = torch.optim.Adam(hints.parameters(), lr=0.05)
-    first = float(hints(heard(f_s, wanted)))
+    first = hints(heard(f_s, wanted)).item()
     for _ in range(200):
         optimizer.zero_grad()
         loss = hints(heard(f_s, wanted))
         loss.backward()
         optimizer.step()
-    assert float(loss) < 1e-3 * first
+    assert loss.item() < 1e-3 * first
 
 
 def test_maps_fit_images_and_sequences():

@@ -96,9 +96,8 @@ class DistillTechnique(TrainTechnique):
 
     def apply(self, work: Work) -> None:
         lessons = self.objective(work)
-        together = Together(work.model, lessons.modules())
         with lessons.student:
-            self.train(replace(work, model=together), lessons, work.tell)
+            self.train(replace(work, model=lessons.together()), lessons, work.tell)
 
 
 class LogitTechnique(DistillTechnique):
@@ -124,19 +123,7 @@ def check_scores(asked: str, task: Task, student: Any, teacher: Any) -> None:
     Raises:
         Refused: they do not.
     """
-    if task.loss is not F.cross_entropy:
-        raise Refused(
-            asked,
-            "the task has a loss of its own, so its outputs may not be class scores",
-            "Use FineTune, or a loss between features such as FitNet.",
-        )
-    for whose, z in (("its outputs", student), ("the teacher's outputs", teacher)):
-        if not (torch.is_tensor(z) and z.ndim == 2 and z.is_floating_point()):
-            raise Refused(
-                asked,
-                f"{whose} are no class scores [batch, classes]",
-                "Use FineTune, or a loss between features such as FitNet.",
-            )
+    must_score(asked, task, {"its outputs": student, "the teacher's outputs": teacher})
     if student.shape != teacher.shape:
         raise Refused(
             asked,
@@ -159,6 +146,17 @@ def image_of(asked: str, task: Task) -> Tensor:
             "Use FineTune, or Distill.",
         )
     return image
+
+
+def must_score(asked: str, task: Task, outputs: Mapping[str, Any]) -> None:
+    """Refuse `asked` where outputs, each under what to call it, are no class scores."""
+    todo = "Use FineTune, or a loss between features such as FitNet."
+    if task.loss is not F.cross_entropy:
+        found = "the task has a loss of its own, so its outputs may not be class scores"
+        raise Refused(asked, found, todo)
+    for whose, z in outputs.items():
+        if not (torch.is_tensor(z) and z.ndim == 2 and z.is_floating_point()):
+            raise Refused(asked, f"{whose} are no class scores [batch, classes]", todo)
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -283,7 +281,8 @@ class Teacher:
     def __init__(self, network: nn.Module, example: tuple[Any, ...], paths: set[str]) -> None:
         self.network = copy.deepcopy(network).eval()
         if not paths:
-            folding.fold_all(self.network, example)  # exact, and a fifth of its time
+            with torch.random.fork_rng(devices=[]):  # a folded layer is made anew, which draws
+                folding.fold_all(self.network, example)  # exact, and a fifth of its time
         self.network.requires_grad_(False)
         self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.listener = Listener(self.network, paths)
@@ -312,20 +311,24 @@ class Lessons:
     Args:
         technique: the loss, and those beside it.
         work: the student and its task.
+        hire: (network, example, paths) -> it as a teacher, as `Teacher` takes them.
     """
 
-    def __init__(self, technique: DistillTechnique, work: Work) -> None:
+    def __init__(
+        self, technique: DistillTechnique, work: Work, hire: Callable[..., Any] = Teacher
+    ) -> None:
         self.name, self.labels, self.task = technique.name, technique.labels, work.task
         losses: list[Any] = [technique, *technique.beside]
         networks, example = work.task.teachers or (work.parent,), work.task.example
         taps = [[each.taps(work, network) for each in losses] for network in networks]
+        self.model = work.model
         self.student = Listener(work.model, {path for by in taps for tap in by for path in tap})
         with torch.no_grad(), evaluating(work.model), self.student:
             outputs = widened(work.model(*example))
         shown = self.student.take(self.name)
-        self.teachers: list[tuple[Teacher, list[Part]]] = []
+        self.teachers: list[tuple[Any, list[Part]]] = []
         for network, by in zip(networks, taps, strict=True):
-            teacher = Teacher(network, example, {path for tap in by for path in tap.values()})
+            teacher = hire(network, example, {path for tap in by for path in tap.values()})
             answers, wanted = teacher(example, self.name)
             heard = Heard(None, outputs, answers, shown, wanted)
             parts = [
@@ -338,6 +341,10 @@ class Lessons:
         """What trains along with the student."""
         losses = [part.loss for _, parts in self.teachers for part in parts]
         return [loss for loss in losses if isinstance(loss, nn.Module)]
+
+    def together(self) -> Together:
+        """The student, with the losses that train along with it."""
+        return Together(self.model, self.modules())
 
     def __call__(self, inputs: Any, labels: Any, outputs: Any) -> Tensor:
         shown = self.student.take(self.name)

@@ -17,7 +17,7 @@ from whet.errors import Refused
 from whet.fit import Objective, Schedule, fit, widened
 from whet.graph import folding
 from whet.rungs.layers import LayerTechnique, keep
-from whet.task import Batches, as_arguments, evaluate, tensors_in
+from whet.task import Batches, Task, as_arguments, evaluate, tensors_in
 from whet.technique import Need, Technique, Work
 
 
@@ -63,14 +63,26 @@ def train(
         tell: progress.
         ready: whether the weights can be kept as they are now.
     """
-    metric, validation = work.task.measure, work.task.validation
-    score, sign = None, 1.0
-    if validation is not None:
-        sign = 1.0 if metric.better == "higher" else -1.0
-        score = lambda m: sign * evaluate(m, validation, metric) if ready() else -math.inf  # noqa: E731
-    scores = fit(work.model, batches, objective, schedule, score, tell)
+    say(work, fit(work.model, batches, objective, schedule, judged(work.task, ready), tell))
+
+
+def judged(
+    task: Task, ready: Callable[[], bool] = lambda: True
+) -> Callable[[nn.Module], float] | None:
+    """model -> its validation metric, signed so that higher is better; -inf until it is `ready`."""
+    if task.validation is None:
+        return None
+    batches, metric = task.validation, task.measure
+    sign = 1.0 if metric.better == "higher" else -1.0
+    return lambda model: sign * evaluate(model, batches, metric) if ready() else -math.inf
+
+
+def say(work: Work, scores: list[float]) -> None:
+    """Note what the training gained, of the scores that `fit` returned."""
     scores = [score for score in scores if score > -math.inf]
     if scores:
+        metric = work.task.measure
+        sign = 1.0 if metric.better == "higher" else -1.0
         best = max(scores)
         work.notes.append(
             f"validation {metric.name} {sign * scores[0]:.4f} -> {sign * best:.4f} "

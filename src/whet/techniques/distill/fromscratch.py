@@ -16,14 +16,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch import Tensor
 
 from whet import packed
-from whet.errors import Refused
-from whet.graph import surgery
 from whet.graph.ledger import Grid
-from whet.rungs.criteria import assign
+from whet.rungs.drawing import draw_anew
 from whet.rungs.training import TrainTechnique
 from whet.technique import Work
 
@@ -38,28 +35,5 @@ class FromScratch(TrainTechnique):
         return lambda inputs, labels, outputs: task.penalty(outputs, labels)
 
     def apply(self, work: Work) -> None:
-        hidden = (parametrize.ParametrizationList, packed.Packed)
-        parts = [(p, m) for p, m in work.model.named_modules() if not isinstance(m, hidden)]
-        drawn = {path: draw(module) for path, module in parts}
-        stuck = [path for path, module in parts if module._parameters and drawn[path] is None]
-        if stuck or not any(drawn.values()):
-            raise Refused(
-                self.name,
-                f"{stuck} cannot draw its weights anew" if stuck else "there are no weights",
-                "Give it a method reset_parameters, as torch's own layers have it.",
-            )
-        for path, module in parts:
-            anew = drawn[path]
-            if parametrize.is_parametrized(module):
-                twin = surgery.construct(surgery.describe(module)).to(module.weight)  # type: ignore[arg-type]
-                for name, value in twin.named_parameters():
-                    assign(work.model, f"{path}.{name}" if path else name, value)
-            elif anew is not None:
-                anew()
+        draw_anew(work.model, self.name)
         super().apply(work)
-
-
-def draw(module: nn.Module) -> Callable[[], None] | None:
-    """What gives a module's own weights the values that it draws when it is made."""
-    own = getattr(module, "reset_parameters", None)
-    return own or getattr(module, "_reset_parameters", None)  # MultiheadAttention
