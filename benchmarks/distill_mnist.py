@@ -22,13 +22,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from mnist_quantized import shown, trained
-from mnist_sparsity import HELD_OUT, images, lenet5, mnist, train
+from mnist_quantized import seeded, shown, trained
+from mnist_sparsity import HELD_OUT, images, lenet5, train
 from torch import nn
 
 from whet import catalog
 from whet.demo import Shifted, in_batches
-from whet.measure.signature import signature
 from whet.runner import seed_all
 from whet.task import Task
 from whet.technique import Work
@@ -59,17 +58,10 @@ def main() -> None:
     parser.add_argument("--shift", type=int, default=1, help="pixels that all images move by")
     parser.add_argument("--validation-only", action="store_true", help="leave the test images out")
     options = parser.parse_args()
-    print("| seed | | validation % | test % | drop pp | goal | model.whet bytes | CPU min |")
-    print("|---|---|---|---|---|---|---|---|")
-    for seed in options.seeds:
-        torch.manual_seed(seed)
-        task = mnist(lenet5(), options.shift, tested=not options.validation_only)
-        seed_all(seed, task)
+    for seed, task in seeded(options):
         whole = large(task, seed) if {"teacher", "no-data"} & {*options.settings} else None
         for setting in options.settings:
             SETTINGS[setting](task, seed, whole)
-    said = signature("torch", 1, options.seeds[0], 1, 1)
-    print(f"\n{said['device']}, load {said['load']}, torch {said['versions']['torch']}")
 
 
 def taught(task: Task, seed: int, whole: float | None) -> None:

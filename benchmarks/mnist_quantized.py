@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,12 +52,7 @@ def main() -> None:
     parser.add_argument("--shift", type=int, default=1, help="pixels that images move by")
     parser.add_argument("--validation-only", action="store_true", help="leave the test images out")
     options = parser.parse_args()
-    print("| seed | | validation % | test % | drop pp | goal | model.whet bytes | CPU min |")
-    print("|---|---|---|---|---|---|---|---|")
-    for seed in options.seeds:
-        torch.manual_seed(seed)
-        task = mnist(lenet5(), options.shift, tested=not options.validation_only)
-        seed_all(seed, task)
+    for seed, task in seeded(options):
         began = time.process_time()
         train(task, options.epochs)
         whole = shown(task, task.model, (seed, "float32", ""), None, time.process_time() - began)
@@ -67,6 +63,17 @@ def main() -> None:
             found, _ = compressed(task, steps)
             seconds = time.process_time() - began
             shown(task, found.model, (seed, name, goal), whole, seconds)
+
+
+def seeded(options: Any) -> Iterator[tuple[int, Task]]:
+    """Each seed with its task, between the head of the table and what it was measured on."""
+    print("| seed | | validation % | test % | drop pp | goal | model.whet bytes | CPU min |")
+    print("|---|---|---|---|---|---|---|---|")
+    for seed in options.seeds:
+        torch.manual_seed(seed)
+        task = mnist(lenet5(), options.shift, tested=not options.validation_only)
+        seed_all(seed, task)
+        yield seed, task
     said = signature("torch", 1, options.seeds[0], 1, 1)
     print(f"\n{said['device']}, load {said['load']}, torch {said['versions']['torch']}")
 

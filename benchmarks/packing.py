@@ -22,7 +22,7 @@ import numpy as np
 from cifar10_resnet import cifar
 
 from whet import artifact, catalog
-from whet.codecs import raw
+from whet.codecs import choice, raw
 from whet.measure.signature import signature
 from whet.task import Task
 from whet.technique import Work
@@ -53,19 +53,16 @@ def main(depths: list[int]) -> None:
 def row(task: Task, work: Work) -> str:
     """The cells of one network."""
     chosen = artifact.encode(work.model, task.example)
-    with_codecs = artifact.smallest
-    artifact.smallest = plain
-    whole = artifact.encode(work.model, task.example)
-    artifact.smallest = with_codecs
+    whole = artifact.encode(work.model, task.example, plain)
     header, body = artifact._opened(whole)
     arrays = [
         (t.numpy(), e[5])
         for t, e in zip(artifact._sections(header, body).values(), header["sections"], strict=True)
     ]
-    coded, encoding = timed(lambda: [artifact.smallest(a, bits) for a, bits in arrays])
+    coded, encoding = timed(lambda: [choice.smallest(a, bits) for a, bits in arrays])
     _, decoding = timed(
         lambda: [
-            artifact.CODECS[name].decode(data, a.shape, str(a.dtype), bits)
+            choice.CODECS[name].decode(data, a.shape, str(a.dtype), bits)
             for (name, data), (a, bits) in zip(coded, arrays, strict=True)
         ]
     )

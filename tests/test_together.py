@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from whet.errors import Refused
-from whet.rungs.teaching import Teacher
-from whet.rungs.together import Stream, teach_together
+from whet.rungs.teachers import Teacher
+from whet.rungs.together import teach_together
+from whet.task import Stream
 from whet.technique import Work
 from whet.techniques.distill.attentiontransfer import AttentionTransfer
 from whet.techniques.distill.contrastive import Contrastive

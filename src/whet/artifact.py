@@ -25,7 +25,7 @@ import math
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from whet.graph.trace import baked, export
 # what taking a description apart raises where it is not what whet writes
 MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, RuntimeError)
 MALFORMED += (AssertionError, MemoryError)
+Codec = Callable[[np.ndarray, int], tuple[str, bytes]]
 MAGIC = b"\x89WHET\r\n\x1a"
 VERSION = 1
 HEAD = struct.Struct("<8sHHI")
@@ -67,16 +68,16 @@ def save(model: nn.Module, example: tuple[Any, ...], path: str | Path) -> None:
         ) from error
 
 
-def encode(model: nn.Module, example: tuple[Any, ...]) -> bytes:
-    """The bytes of `save`."""
+def encode(model: nn.Module, example: tuple[Any, ...], codec: Codec = smallest) -> bytes:
+    """The bytes of `save`; `codec` says how each tensor is written."""
     forms = {f"{p}.{n}" if p else n: form for p, n, form in packed.forms(model)}
     sections, blobs, offset = [], [], 0
     twin, _ = baked(model)
     graph, constants = program.describe(export(twin, example))
     for name, tensor, bits in _tensors(model, forms, constants):
         array = _array(name, tensor)
-        codec, blob = smallest(array, bits)
-        sections.append([name, offset, len(blob), str(array.dtype), list(array.shape), bits, codec])
+        kind, blob = codec(array, bits)
+        sections.append([name, offset, len(blob), str(array.dtype), list(array.shape), bits, kind])
         sections[-1].append(zlib.crc32(blob))
         blobs.append(blob)
         offset += len(blob)

@@ -14,21 +14,17 @@ import copy
 import hashlib
 import math
 import os
-import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from whet.errors import BadInput
-from whet.task import Batches, as_arguments, count, seed, tensors_in
-
-State = tuple[Any, Any, Tensor]
+from whet.task import Batches, Stream, as_arguments, count, seed, tensors_in
 
 
 class Remembered:
@@ -101,17 +97,13 @@ class Remembered:
 
     def _batches(self, number: int) -> Iterator[tuple[Any, Any]]:
         """The batches of a pass; what trains meanwhile keeps a stream of chance of its own."""
-        iterator, inside = None, None
+        stream = Stream()
+        with stream:
+            seed(self.first_seed + number, self.batches)
+            iterator = iter(self.batches)
         while True:
-            outside = states()
-            if iterator is None or inside is None:
-                seed(self.first_seed + number, self.batches)
-                iterator = iter(self.batches)
-            else:
-                restore(inside)
-            batch = next(iterator, None)
-            inside = states()
-            restore(outside)
+            with stream:
+                batch = next(iterator, None)
             if batch is None:
                 return
             yield batch
@@ -211,15 +203,3 @@ def digest(batch: Any) -> bytes:
         value = tensor.detach().cpu().contiguous().reshape(-1)
         found.update(value.view(torch.uint8).numpy().tobytes())
     return found.digest()
-
-
-def states() -> State:
-    """Where Python's, NumPy's and torch's streams of chance stand."""
-    return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def restore(state: State) -> None:
-    """Let them go on from there."""
-    random.setstate(state[0])
-    np.random.set_state(state[1])
-    torch.set_rng_state(state[2])

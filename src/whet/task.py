@@ -255,6 +255,36 @@ def seed(number: int, *loaders: Batches | None) -> None:
             generator.manual_seed(number)
 
 
+class Stream:
+    """Random numbers of its own, from where all stand when it is made; drawn while entered."""
+
+    def __init__(self) -> None:
+        self.state = self.outside = random_state()
+
+    def __enter__(self) -> None:
+        self.outside = random_state()
+        set_random_state(self.state)
+
+    def __exit__(self, *error: Any) -> None:
+        self.state = random_state()
+        set_random_state(self.outside)
+
+
+def random_state() -> tuple[Any, Any, list[Tensor]]:
+    """Where the numbers of Python, of NumPy, and of torch on each device stand."""
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return random.getstate(), np.random.get_state(), [torch.get_rng_state(), *on_gpus]
+
+
+def set_random_state(state: tuple[Any, Any, list[Tensor]]) -> None:
+    """Go on from what `random_state` said."""
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    torch.set_rng_state(state[2][0])
+    if state[2][1:]:
+        torch.cuda.set_rng_state_all(state[2][1:])
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; after it every module is in the mode it was in, whatever happened."""

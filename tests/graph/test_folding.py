@@ -206,3 +206,11 @@ def test_a_folded_network_replays_on_a_fresh_instance(name):
     surgery.replay(fresh, surgery.structure(model))
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(output(fresh, example), output(model, example))
+
+
+def test_folding_draws_no_random_numbers():
+    model, example = NETWORKS["residual_cnn"]()
+    before = torch.get_rng_state()
+    folded, _ = folding.fold_all(model, example)
+    assert folded
+    assert torch.equal(torch.get_rng_state(), before)

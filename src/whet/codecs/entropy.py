@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -42,6 +43,7 @@ STEPS = (1, 2, 4, 8)
 # of differences 0, 1, -1, 2, -2, ...: each pair is about half as likely as the one before
 DIFFERENCES = np.array([1 << max(13 - (z + 1) // 2, 0) for z in range(2 * (8 * MOST_K + 1) + 1)])
 TABLE_K = 15
+OF_DIFFERENCES = rans.frequencies(DIFFERENCES, TABLE_K)
 
 
 class Table(NamedTuple):
@@ -61,8 +63,7 @@ class Table(NamedTuple):
 
     def frequencies(self) -> np.ndarray:
         """f of each pattern from 0 on."""
-        weights = np.array([0, *(doubled(e, self.steps) for e in range(1, 8 * MOST_K + 2))])
-        f = rans.frequencies(weights[self.entries], self.k)
+        f = rans.frequencies(weights(self.steps)[self.entries], self.k)
         return np.concatenate([np.zeros(self.first, np.int64), f])
 
 
@@ -128,6 +129,12 @@ def _decoded(data: memoryview, count: int, wide: np.dtype, bits: int) -> np.ndar
     return found | raw.decode(rest, (count,), wide.name, low) if low else found
 
 
+@cache
+def weights(steps: int) -> np.ndarray:
+    """What each entry from 0 on stands for, in proportion."""
+    return np.array([0, *(doubled(entry, steps) for entry in range(1, 8 * MOST_K + 2))])
+
+
 def doubled(entry: int, steps: int) -> int:
     """2^(entry / steps) in units of 2^-12, by whole numbers alone."""
     octaves, part = divmod(entry, steps)
@@ -163,14 +170,12 @@ def tabled(counts: np.ndarray, steps: int) -> tuple[Table, Coded]:
     table = Table(k, steps, first, entries)
     apart = np.diff(entries, prepend=0)
     folded = np.where(apart > 0, 2 * apart - 1, -2 * apart)
-    f = rans.frequencies(DIFFERENCES, TABLE_K)
-    return table, rans.encode(folded, f, TABLE_K, 1)
+    return table, rans.encode(folded, OF_DIFFERENCES, TABLE_K, 1)
 
 
 def entries_of(coded: Coded, size: int, most: int) -> np.ndarray:
     """The entries of a table from its differences."""
-    f = rans.frequencies(DIFFERENCES, TABLE_K)
-    folded = rans.decode(coded, f, TABLE_K, size).astype(np.int64)
+    folded = rans.decode(coded, OF_DIFFERENCES, TABLE_K, size).astype(np.int64)
     entries = np.cumsum(np.where(folded % 2, (folded + 1) // 2, -(folded // 2)))
     if entries.min() < 0 or entries.max() > most or not entries.any():
         raise damaged("its table leaves its range")

@@ -371,7 +371,8 @@ def fold_batchnorm(model: nn.Module, conv_path: str, norm_path: str) -> None:
     bias = conv.bias if conv.bias is not None else torch.zeros_like(root)
     factor = gamma * root
     weight = conv.weight * factor.reshape([-1] + [1] * (conv.weight.ndim - 1))
-    twin: Any = construct(describe(conv) | {"bias": True}).to(conv.weight)
+    with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are not kept
+        twin: Any = construct(describe(conv) | {"bias": True}).to(conv.weight)
     twin.weight.copy_(weight)
     twin.bias.copy_((bias - norm.running_mean) * factor + beta)
     form = packed.form_of(conv)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -16,13 +15,11 @@ from torch import Tensor, nn
 
 from whet.errors import Refused
 from whet.fit import Schedule, widened
-from whet.graph import folding
 from whet.graph.trace import baked
+from whet.rungs.teachers import Features, Listener, Teacher
 from whet.rungs.training import Together, TrainTechnique
-from whet.task import Task, as_arguments, evaluating, tensors_in
+from whet.task import Task, evaluating
 from whet.technique import Technique, Work
-
-Features = Mapping[str, Tensor]  # by the student's module
 
 
 class Heard(NamedTuple):
@@ -225,74 +222,6 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     height, width = map(min, student.shape[2:], teacher.shape[2:])
     size = height, width
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
-
-
-class Listener:
-    """Notes what modules of a network give while it is entered.
-
-    Args:
-        model: the network.
-        paths: of the modules.
-    """
-
-    def __init__(self, model: nn.Module, paths: set[str]) -> None:
-        self.model, self.paths = model, paths
-        self.heard: dict[str, Tensor] = {}
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for path in self.paths:
-            module = self.model.get_submodule(path)
-            self.handles.append(module.register_forward_hook(partial(self._note, path)))
-
-    def __exit__(self, *error: Any) -> None:
-        while self.handles:
-            self.handles.pop().remove()
-
-    def _note(self, path: str, module: nn.Module, args: Any, out: Any) -> None:
-        self.heard[path] = widened(out)
-
-    def take(self, asked: str) -> Features:
-        """What was noted since the last time; `asked` says for whom.
-
-        Raises:
-            Refused: a module was not called, or gave no tensor.
-        """
-        heard, self.heard = self.heard, {}
-        for path in self.paths:
-            if not torch.is_tensor(heard.get(path)):
-                raise Refused(
-                    asked,
-                    f"the module {path!r} gives no single tensor",
-                    "Name modules that are called and that give one tensor each.",
-                )
-        return heard
-
-
-class Teacher:
-    """A network that answers in eval mode, without gradient, in float32, once for all losses.
-
-    Args:
-        network: it is copied.
-        example: one call's inputs.
-        paths: modules whose outputs are wanted as well.
-    """
-
-    def __init__(self, network: nn.Module, example: tuple[Any, ...], paths: set[str]) -> None:
-        self.network = copy.deepcopy(network).eval()
-        if not paths:
-            with torch.random.fork_rng(devices=[]):  # a folded layer is made anew, which draws
-                folding.fold_all(self.network, example)  # exact, and a fifth of its time
-        self.network.requires_grad_(False)
-        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.listener = Listener(self.network, paths)
-
-    @torch.no_grad()
-    def __call__(self, inputs: Any, asked: str) -> tuple[Any, Features]:
-        self.network.to(next(tensors_in(inputs)).device)
-        with self.listener:
-            answers = widened(self.network(*as_arguments(inputs)))
-        return answers, self.listener.take(asked)
 
 
 class Part(NamedTuple):

@@ -7,13 +7,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from whet.fit import Learner, fit_together
-from whet.rungs.teaching import DistillTechnique, Features, Lessons, Teacher
+from whet.rungs.teachers import Features, Teacher
+from whet.rungs.teaching import DistillTechnique, Lessons
 from whet.rungs.training import judged, say
-from whet.task import Batch, Batches, Task, count
+from whet.task import Batch, Batches, Stream, Task, count
 from whet.technique import Work
 
 
@@ -118,31 +118,3 @@ class Announced:
     def __len__(self) -> int:
         known = count(self.batches)
         return known if known is not None else sum(1 for _ in self.batches)
-
-
-class Stream:
-    """Random numbers of its own, from where torch's stand when it is made; drawn while entered."""
-
-    def __init__(self) -> None:
-        self.state = self.outside = random_state()
-
-    def __enter__(self) -> None:
-        self.outside = random_state()
-        set_random_state(self.state)
-
-    def __exit__(self, *error: Any) -> None:
-        self.state = random_state()
-        set_random_state(self.outside)
-
-
-def random_state() -> list[Tensor]:
-    """Where torch's random numbers stand, on the processor and on each GPU."""
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return [torch.get_rng_state(), *on_gpus]
-
-
-def set_random_state(state: list[Tensor]) -> None:
-    """Go on from what `random_state` said."""
-    torch.set_rng_state(state[0])
-    if state[1:]:
-        torch.cuda.set_rng_state_all(state[1:])

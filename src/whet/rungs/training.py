@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 
 from whet import packed
 from whet.errors import Refused
-from whet.fit import Objective, Schedule, fit, widened
-from whet.graph import folding
+from whet.fit import Objective, Schedule, fit
 from whet.rungs.layers import LayerTechnique, keep
-from whet.task import Batches, Task, as_arguments, evaluate, tensors_in
+from whet.rungs.teachers import Teacher
+from whet.task import Batches, Task, evaluate, tensors_in
 from whet.technique import Need, Technique, Work
 
 
@@ -101,21 +100,6 @@ class Together(nn.Module):
         return self.model(*args)
 
 
-def answers(work: Work) -> Callable[[Any], Any]:
-    """inputs -> what the parent says to them: in eval mode, without gradient, in float32."""
-    parent = copy.deepcopy(work.parent).eval()
-    folding.fold_all(parent, work.task.example)  # exact, and a fifth of its time
-    parent.requires_grad_(False)
-    parent.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @torch.no_grad()
-    def ask(inputs: Any) -> Any:
-        parent.to(next(tensors_in(inputs)).device)
-        return widened(parent(*as_arguments(inputs)))
-
-    return ask
-
-
 class Masks:
     """A mask on every weight of a network, chosen anew as often as wanted while it trains.
 
@@ -165,9 +149,9 @@ class TaughtTechnique(TrainTechnique):
         task = work.task
         if not self.teacher:
             return lambda inputs, labels, outputs: task.penalty(outputs, labels)
-        parent = answers(work)
+        parent = Teacher(work.parent, task.example, set())
         return lambda inputs, labels, outputs: (
-            task.penalty(outputs, labels) + disagreement(outputs, parent(inputs))
+            task.penalty(outputs, labels) + disagreement(outputs, parent(inputs, self.name)[0])
         )
 
 

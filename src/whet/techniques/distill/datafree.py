@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from whet.errors import Refused
 from whet.fit import Schedule
-from whet.rungs.teaching import Teacher, check_scores, divergence, image_of
+from whet.rungs.teachers import Teacher
+from whet.rungs.teaching import check_scores, divergence, image_of
 from whet.rungs.training import train
 from whet.task import evaluating
 from whet.technique import Technique, Work

@@ -27,7 +27,8 @@ from pydantic import Field
 from torch import Tensor
 
 from whet.errors import Refused
-from whet.rungs.teaching import Teacher, check_scores, image_of
+from whet.rungs.teachers import Teacher
+from whet.rungs.teaching import check_scores, image_of
 from whet.rungs.training import TrainTechnique, train
 from whet.task import Batches, as_arguments, batch_size, count, evaluating
 from whet.technique import Need, Work
