@@ -94,6 +94,18 @@ def test_any_number_of_lanes_gives_the_same_values(lanes):
     assert np.array_equal(rans.decode(coded, f, 12, 1000), symbols)
 
 
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_words_that_were_altered_do_not_end_where_the_values_do(lanes):
+    symbols = gaussian(500, 6).astype(np.uint16)
+    f = rans.frequencies(np.bincount(symbols), 12)
+    states, words = rans.encode(symbols, f, 12, lanes)
+    flipped = words.copy()
+    flipped[len(words) // 2] ^= 1
+    for other in (flipped, words[:-1], np.append(words, words[:1])):
+        with pytest.raises(Damaged, match="its words"):
+            rans.decode(rans.Coded(states, other), f, 12, 500)
+
+
 @pytest.mark.parametrize("steps", entropy.STEPS)
 def test_powers_of_a_root_of_two_are_exact(steps):
     for entry in range(8 * 15 + 2):
