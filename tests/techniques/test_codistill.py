@@ -129,6 +129,7 @@ def trained():
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # unset, accelerate makes it 2, and sums round otherwise
     # as `accelerate launch` has them: fit must not average the gradients of different networks
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
