@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from whet.graph import surgery
-from whet.graph.blocks import Shortcut, residual_blocks
+from whet.graph.blocks import residual_blocks
+from whet.graph.placeable import Shortcut
 from whet.testing import NETWORKS
 
 IMAGE = (torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0)),)

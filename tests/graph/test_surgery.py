@@ -11,7 +11,7 @@ from torch import nn
 
 from whet import packed
 from whet.errors import Damaged, Refused
-from whet.graph import surgery
+from whet.graph import placeable, surgery
 from whet.graph.channels import cut, find_groups
 from whet.graph.ledger import Edit, Grid, Ledger, ledger
 from whet.testing import NETWORKS
@@ -101,25 +101,25 @@ PLACEABLE = {
 
 @pytest.mark.parametrize("module", PLACEABLE.values(), ids=PLACEABLE.keys())
 def test_a_module_is_rebuilt_from_its_description(module):
-    spec = json.loads(json.dumps(surgery.describe(module)))
-    twin = surgery.construct(spec)
+    spec = json.loads(json.dumps(placeable.describe(module)))
+    twin = placeable.construct(spec)
     assert repr(twin) == repr(module)
     twin.load_state_dict(module.state_dict())
-    assert surgery.describe(twin) == spec
+    assert placeable.describe(twin) == spec
 
 
 def test_a_packed_module_is_described_as_what_it_was():
     module = nn.Linear(3, 5)
-    plain = surgery.describe(module)
+    plain = placeable.describe(module)
     packed.install(module, "weight", packed.Dense(module.weight))
-    assert surgery.describe(module) == plain
-    assert surgery.plain(module)
+    assert placeable.describe(module) == plain
+    assert placeable.plain(module)
 
 
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ({"type": "Upsample"}, "replay an edit: it places a 'Upsample'. "),
+        ({"type": "Bilinear"}, "replay an edit: it places a 'Bilinear'. "),
         ({"type": "conv2d", "in": 1, "out": 1}, "Did you mean Conv2d"),
         ({"type": "Linear", "in": 0, "out": 3}, "Do not trust the file"),
         ({"type": "Conv2d", "in": 1, "out": 1, "kernel_size": [0, 3]}, "Do not trust the file"),
@@ -128,12 +128,12 @@ def test_a_packed_module_is_described_as_what_it_was():
 )
 def test_what_surgery_never_wrote_is_damage(spec, text):
     with pytest.raises(Damaged, match=text):
-        surgery.construct(spec)
+        placeable.construct(spec)
 
 
 def test_other_modules_are_not_placed():
-    with pytest.raises(TypeError, match="surgery does not place modules of type Upsample"):
-        surgery.replace(nn.Sequential(nn.ReLU()), "0", nn.Upsample(2))
+    with pytest.raises(TypeError, match="surgery does not place modules of type Bilinear"):
+        surgery.replace(nn.Sequential(nn.ReLU()), "0", nn.Bilinear(2, 2, 2))
 
 
 def test_replacing_keeps_the_mode_and_is_written_down():
@@ -217,7 +217,7 @@ def test_a_book_of_another_network_is_damage(edit):
 
 def test_a_book_that_places_far_too_much_is_damage():
     model, _ = NETWORKS["flatten_cnn"]()
-    huge = Edit("replace", "0", surgery.describe(nn.Linear(1, 1)) | {"in": 2**20, "out": 2**20})
+    huge = Edit("replace", "0", placeable.describe(nn.Linear(1, 1)) | {"in": 2**20, "out": 2**20})
     with pytest.raises(Damaged, match="far more weights than the network has"):
         surgery.replay(model, Ledger([huge]).spec())
 

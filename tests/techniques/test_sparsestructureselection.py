@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from whet.graph.blocks import Shortcut
 from whet.graph.channels import find_groups
+from whet.graph.placeable import Shortcut
 from whet.technique import Need, Work
 from whet.techniques.prune.sparsestructureselection import (
     Gate,

@@ -38,13 +38,6 @@ class Blocks:
     ends: dict[str, tuple[str, ...]]
 
 
-class Shortcut(nn.Identity):
-    """What is left of a dropped block: its first argument; masks and the like are not used."""
-
-    def forward(self, x: torch.Tensor, *unused: Any, **also: Any) -> torch.Tensor:
-        return x
-
-
 def residual_blocks(model: nn.Module, example: tuple[Any, ...]) -> Blocks:
     """Find the innermost modules with a skip connection from their input to their output."""
     inside: dict[str, list[Node]] = {}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from whet import packed
-from whet.graph import surgery
+from whet.graph import placeable, surgery
 from whet.graph.coupling import operator, shape
 from whet.graph.trace import Trace, trace
 
@@ -81,7 +81,7 @@ def _owners(model: nn.Module, traced: Trace) -> dict[str, str]:
     for name, tensor in traced.tensors.items():
         path, leaf = surgery.split_name(tensor)
         module = model.get_submodule(path)
-        known = surgery.plain(module) or isinstance(module, NORMS)
+        known = placeable.plain(module) or isinstance(module, NORMS)
         bias = f"{path}.bias" if path else "bias"
         if known and leaf == "weight" and uses[tensor] == 1 and uses.get(bias, 1) == 1:
             found[name] = path

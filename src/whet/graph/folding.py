@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from whet.graph import sites, surgery
+from whet.graph import placeable, sites, surgery
 
 
 def foldable(
@@ -30,7 +30,7 @@ def foldable(
             continue
         maker = by_site.get(call.sources[0])
         layer = None if maker is None else model.get_submodule(maker.path)
-        if maker is None or layer is None or not surgery.plain(layer):
+        if maker is None or layer is None or not placeable.plain(layer):
             left.append((call.path, "its input does not come from a convolution or linear layer"))
         elif readers[maker.site] > 1:
             left.append((call.path, f"the output of {maker.path} is read elsewhere too"))

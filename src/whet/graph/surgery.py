@@ -7,7 +7,6 @@ Constants of calls (a pad that feeds a residual add) are corrected at their call
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,19 +16,16 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 
 from whet import packed
-from whet.errors import Damaged, Refused, nearest
-from whet.graph import sites
-from whet.graph.attention import Attention, unfolded
-from whet.graph.blocks import Shortcut
+from whet.errors import Damaged, Refused
+from whet.graph import placeable, sites
+from whet.graph.attention import unfolded
 from whet.graph.ledger import Edit, Grid, ledger
+from whet.graph.placeable import CONVOLUTIONS, NORMS, TRANSPOSED
 
 # what an edit raises on a network, or by a description, that it does not fit
 MISFITS = (
     Refused, LookupError, AttributeError, ArithmeticError, RuntimeError, TypeError, ValueError
 )  # fmt: skip
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # modules whose stated sizes are corrected after a cut
 INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
@@ -37,9 +33,6 @@ SIZED = (
     nn.Linear, *CONVOLUTIONS, *TRANSPOSED, *NORMS, nn.GroupNorm, *INSTANCE_NORMS, nn.PReLU,
     nn.Embedding, *RECURRENT,
 )  # fmt: skip
-OPTIONS = frozenset(
-    ["bias", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
-)
 # replayed edits may place so many weights, and so many times those of the network
 FREE_ELEMENTS, MOST_TIMES = 2**20, 16
 
@@ -140,96 +133,13 @@ def _correct_sizes(module: nn.Module) -> None:
         module.num_embeddings, module.embedding_dim = module.weight.shape
 
 
-def plain(module: nn.Module) -> bool:
-    """Whether `module` is exactly one of torch's linear or convolutional layers."""
-    return parametrize.type_before_parametrizations(module) in (nn.Linear, *CONVOLUTIONS)
-
-
-def describe(module: nn.Module) -> dict[str, Any]:
-    """One of the modules that surgery may put in place, as JSON without its weights."""
-    kind = parametrize.type_before_parametrizations(module).__name__
-    if isinstance(module, nn.Linear):
-        bias = module.bias is not None
-        return {"type": kind, "in": module.in_features, "out": module.out_features, "bias": bias}
-    if isinstance(module, CONVOLUTIONS):
-        return {
-            "type": kind,
-            "in": module.in_channels,
-            "out": module.out_channels,
-            "bias": module.bias is not None,
-            "kernel_size": list(module.kernel_size),
-            "stride": list(module.stride),
-            "padding": module.padding if isinstance(module.padding, str) else list(module.padding),
-            "dilation": list(module.dilation),
-            "groups": module.groups,
-            "padding_mode": module.padding_mode,
-        }
-    if isinstance(module, nn.Sequential):
-        return {"type": kind, "children": [describe(child) for child in module]}
-    if isinstance(module, nn.Identity):  # a Shortcut as well
-        return {"type": kind}
-    if isinstance(module, Attention):
-        return {
-            "type": kind,
-            "query": module.query.in_features,
-            "key": module.key.in_features,
-            "value": module.value.in_features,
-            "heads": module.query.out_features // module.size,
-            "size": module.size,
-            "out": module.out.out_features,
-            "bias": module.out.bias is not None,
-            "batch_first": module.batch_first,
-            "dropout": module.dropout,
-        }
-    raise TypeError(f"surgery does not place modules of type {kind}")
-
-
-def construct(spec: Mapping[str, Any]) -> nn.Module:
-    """Build the module that `describe` described.
-
-    Raises:
-        Damaged: the description is not one that `describe` writes.
-    """
-    kind = spec.get("type")
-    if kind in ("Identity", "Shortcut"):
-        return nn.Identity() if kind == "Identity" else Shortcut()
-    if kind == "Sequential":
-        return nn.Sequential(*[construct(child) for child in spec["children"]])
-    if kind == "Attention":
-        return Attention(**{k: v for k, v in spec.items() if k != "type"})
-    classes = {c.__name__: c for c in (nn.Linear, *CONVOLUTIONS)}
-    if kind not in classes:
-        raise Damaged(
-            "replay an edit",
-            f"it places a {kind!r}",
-            nearest(str(kind), [*classes, "Identity", "Shortcut", "Attention"]),
-        )
-    sizes = int(spec["in"]), int(spec["out"])
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in spec.items()}
-    options = {k: v for k, v in options.items() if k not in ("type", "in", "out")}
-    if not set(options) <= OPTIONS or min(*sizes, *options.get("kernel_size", ())) < 1:
-        raise Damaged("replay an edit", f"a {kind} of {dict(spec)}", "Do not trust the file.")
-    return classes[kind](*sizes, **options)  # type: ignore[arg-type]
-
-
-def elements(spec: Mapping[str, Any]) -> int:
-    """How many weights the module has that `spec` describes."""
-    if spec.get("type") == "Attention":
-        sides = sum(int(spec[name]) for name in ("query", "key", "value", "out"))
-        return (sides + 4) * int(spec["heads"]) * int(spec["size"])
-    inside = sum(elements(child) for child in spec.get("children", ()))
-    edges = math.prod(int(edge) for edge in spec.get("kernel_size", ()))
-    across = int(spec.get("in", 0)) * int(spec.get("out", 0)) * edges
-    return inside + across // int(spec.get("groups", 1)) + int(spec.get("out", 0))
-
-
 def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put `module` wherever the module at `path` is, and write it down.
 
     Raises:
         Refused: `path` is the network itself.
     """
-    spec = describe(module)
+    spec = placeable.describe(module)
     old = model.get_submodule(path)
     if old is model:
         raise Refused(
@@ -328,10 +238,10 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
                 _settle(model.get_submodule(edit["path"]))
                 ledger(model).edits.append(Edit("plain", edit["path"], {}))
             elif edit["kind"] == "replace":
-                room -= elements(edit["arguments"])
+                room -= placeable.elements(edit["arguments"])
                 if room < 0:
                     raise ValueError("its edits place far more weights than the network has")
-                replace(model, edit["path"], construct(edit["arguments"]))
+                replace(model, edit["path"], placeable.construct(edit["arguments"]))
             else:
                 raise KeyError(edit["kind"])
         except MISFITS as error:
@@ -372,7 +282,7 @@ def fold_batchnorm(model: nn.Module, conv_path: str, norm_path: str) -> None:
     factor = gamma * root
     weight = conv.weight * factor.reshape([-1] + [1] * (conv.weight.ndim - 1))
     with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are not kept
-        twin: Any = construct(describe(conv) | {"bias": True}).to(conv.weight)
+        twin: Any = placeable.construct(placeable.describe(conv) | {"bias": True}).to(conv.weight)
     twin.weight.copy_(weight)
     twin.bias.copy_((bias - norm.running_mean) * factor + beta)
     form = packed.form_of(conv)

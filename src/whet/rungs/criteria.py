@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from whet import packed
 from whet.errors import Refused
 from whet.fit import Schedule, fit
-from whet.graph import statistics, surgery
+from whet.graph import placeable, statistics, surgery
 from whet.graph.channels import Group, Member
 from whet.graph.trace import baked
 from whet.rungs.channels import ChannelTechnique
@@ -189,7 +189,7 @@ def readers(group: Group, evidence: Evidence) -> Iterator[Reader]:
     for member in group.members:
         path, leaf = surgery.split_name(member.name)
         layer: Any = model.get_submodule(path)
-        plain = surgery.plain(layer) and leaf == "weight" and getattr(layer, "groups", 1) == 1
+        plain = placeable.plain(layer) and leaf == "weight" and getattr(layer, "groups", 1) == 1
         if member.reads and plain and path in moments:
             weight = layer.weight.detach().double().flatten(1)
             units = torch.from_numpy(member.units)

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from whet import packed
 from whet.errors import Refused
-from whet.graph import surgery
+from whet.graph import placeable
 from whet.rungs.criteria import assign
 
 
@@ -32,7 +32,7 @@ def draw_anew(model: nn.Module, asked: str) -> None:
     for path, module in parts:
         anew = drawn[path]
         if parametrize.is_parametrized(module):
-            twin = surgery.construct(surgery.describe(module)).to(module.weight)  # type: ignore[arg-type]
+            twin = placeable.construct(placeable.describe(module)).to(module.weight)  # type: ignore[arg-type]
             for name, value in twin.named_parameters():
                 assign(model, f"{path}.{name}" if path else name, value)
         elif anew is not None:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from whet import packed
 from whet.errors import Refused
-from whet.graph import statistics, surgery
+from whet.graph import placeable, statistics
 from whet.technique import Need, Technique, Work
 
-MATMULS = (nn.Linear, *surgery.CONVOLUTIONS)
+MATMULS = (nn.Linear, *placeable.CONVOLUTIONS)
 TABLES = (nn.Embedding,)
 SHARES = (0.5, 0.7, 0.8, 0.9, 0.95)  # of weights to zero, for a probe
 Pattern = Literal["unstructured", "2:4", "4:8"]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from whet import packed
 from whet.errors import Refused
-from whet.graph import surgery
+from whet.graph import placeable, surgery
 from whet.graph.ledger import Grid
 from whet.rungs.layers import LayerTechnique, weights
 from whet.technique import Work
@@ -78,10 +78,10 @@ def truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def factorable(module: nn.Module) -> bool:
     """A linear layer or an ungrouped convolution of kernel 1 without padding."""
-    if not surgery.plain(module) or isinstance(module, nn.Linear):
-        return surgery.plain(module)
+    if not placeable.plain(module) or isinstance(module, nn.Linear):
+        return placeable.plain(module)
     return (
-        isinstance(module, surgery.CONVOLUTIONS)
+        isinstance(module, placeable.CONVOLUTIONS)
         and module.groups == 1
         and set(module.kernel_size) == {1}
         and (module.padding == "valid" or set(module.padding) == {0})
@@ -91,10 +91,10 @@ def factorable(module: nn.Module) -> bool:
 @torch.no_grad()
 def factor(module: nn.Module, rank: int) -> nn.Sequential:
     """The two layers that compute `module` at rank `rank`; a stride goes to the first."""
-    spec = surgery.describe(module)
-    first = surgery.construct(spec | {"out": rank, "bias": False}).to(module.weight)  # type: ignore
+    spec = placeable.describe(module)
+    first = placeable.construct(spec | {"out": rank, "bias": False}).to(module.weight)  # type: ignore
     once = {"stride": [1] * len(spec["stride"])} if "stride" in spec else {}
-    second = surgery.construct(spec | once | {"in": rank}).to(module.weight)  # type: ignore
+    second = placeable.construct(spec | once | {"in": rank}).to(module.weight)  # type: ignore
     a, b = truncate(module.weight.detach().flatten(1), rank)  # type: ignore[operator]
     first.weight.copy_(b.reshape(first.weight.shape))  # type: ignore[operator, union-attr]
     second.weight.copy_(a.reshape(second.weight.shape))  # type: ignore[operator, union-attr]

@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.graph import statistics, surgery
+from whet.graph import placeable, statistics
 from whet.graph.channels import Group
 from whet.rungs.channels import ChannelTechnique
 from whet.rungs.criteria import unit_means
@@ -29,7 +29,7 @@ from whet.rungs.layers import MATMULS
 from whet.task import Batches
 from whet.technique import Need, Work
 
-READERS = (*MATMULS, *surgery.TRANSPOSED)
+READERS = (*MATMULS, *placeable.TRANSPOSED)
 
 
 class Apoz(ChannelTechnique):

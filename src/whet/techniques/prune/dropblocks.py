@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from whet import fit, packed
 from whet.errors import Refused
-from whet.graph import blocks, surgery
+from whet.graph import blocks, placeable, surgery
 from whet.graph.ledger import Grid
 from whet.rungs.channels import refresh_batchnorm
 from whet.rungs.layers import Skip, skipped
@@ -73,7 +73,7 @@ class DropBlocks(Technique):
             costs = look(work, left, (turn, self.rounds))
             worst_first = sorted(left, key=lambda path: costs[path])
             for path in worst_first[:share]:
-                surgery.replace(work.model, path, blocks.Shortcut())
+                surgery.replace(work.model, path, placeable.Shortcut())
                 gone.append(path)
             refresh_batchnorm(work, self.calibrate if share else 0)
         work.notes = [n for k, n in enumerate(work.notes) if n not in work.notes[:k]]

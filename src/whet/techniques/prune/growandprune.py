@@ -27,7 +27,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from whet.fit import widened
-from whet.graph import channels, surgery
+from whet.graph import channels, placeable, surgery
 from whet.graph.trace import baked
 from whet.rungs.layers import keep
 from whet.rungs.training import Masks, TrainedPruner
@@ -160,7 +160,7 @@ def _bridges(work: Work) -> list[tuple[str, str]]:
         found = sorted((m.reads, path) for m, path, leaf in named if leaf == "weight")
         layers = [work.model.get_submodule(path) for _, path in found]
         whole = all(np.array_equal(m.units, np.arange(group.units)) for m, _, _ in named)
-        linear = all(isinstance(layer, nn.Linear) and surgery.plain(layer) for layer in layers)
+        linear = all(isinstance(layer, nn.Linear) and placeable.plain(layer) for layer in layers)
         if whole and linear and [reads for reads, _ in found] == [False, True]:
             pairs.append((found[0][1], found[1][1]))
     return pairs

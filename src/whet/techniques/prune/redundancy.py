@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.graph import folding, surgery
+from whet.graph import folding, placeable, surgery
 from whet.graph.channels import Group, Member
 from whet.graph.trace import baked
 from whet.rungs.channels import ChannelTechnique
@@ -128,7 +128,7 @@ def filters(folded: nn.Module, group: Group) -> list[list[Tensor]]:
             if leaf == "running_var":
                 parts.append((member.units, torch.stack(affine(layer), dim=1)))
             continue
-        if surgery.plain(layer) and layer.bias is not None:  # folding may have made it
+        if placeable.plain(layer) and layer.bias is not None:  # folding may have made it
             both = torch.cat([rows(layer.weight, 0), layer.bias[:, None]], dim=1).detach().double()
             parts += [(member.units, both)] if leaf == "weight" else []
         else:

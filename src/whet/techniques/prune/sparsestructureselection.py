@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from whet import packed
 from whet.errors import Refused
 from whet.fit import Schedule, fit, rate
-from whet.graph import blocks, channels, surgery
+from whet.graph import blocks, channels, placeable, surgery
 from whet.rungs.channels import refresh_batchnorm
 from whet.rungs.criteria import assign
 from whet.rungs.layers import Skip, skipped
@@ -131,7 +131,7 @@ class SparseStructureSelection(Technique, Schedule):
         if self.structure == "block":
             gone = [gate.name for gate, zero in zip(gates, zeros, strict=True) if zero.all()]
             for path in gone:
-                surgery.replace(work.model, path, blocks.Shortcut())
+                surgery.replace(work.model, path, placeable.Shortcut())
             work.notes.append(f"dropped {len(gone)} of {len(gates)} blocks: {', '.join(gone)}.")
         else:
             for group, zero in zip(groups, zeros, strict=True):

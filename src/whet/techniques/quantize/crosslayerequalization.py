@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from whet import packed
 from whet.errors import Refused
-from whet.graph import feeders, folding, surgery
+from whet.graph import feeders, folding, placeable
 from whet.graph.feeders import Feed
 from whet.graph.ledger import Grid
 from whet.rungs.layers import Skip, skipped
@@ -65,7 +65,7 @@ class CrossLayerEqualization(Technique):
     def _wanted(self, model: nn.Module, feed: Feed) -> bool:
         paths = (feed.maker, *feed.readers)
         free = not any(skipped(path, self.skip) for path in paths)
-        return free and len(paths) == 2 and surgery.plain(model.get_submodule(feed.maker))
+        return free and len(paths) == 2 and placeable.plain(model.get_submodule(feed.maker))
 
 
 def equalize(model: nn.Module, pairs: list[Feed], iterations: int) -> int:
