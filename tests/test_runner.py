@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import whet
 from whet import checkpoint, packed, runner
 from whet.errors import BadInput, BrokenPromise, Disagrees, Refused
-from whet.recipe import Recipe
+from whet.recipe import Recipe, built_in
 from whet.runner import Result, Settings, free, settings_of
 from whet.targets.onnxfile import Deployable
 from whet.task import Metric, Task
@@ -435,7 +435,7 @@ def test_regression_without_training_data_in_batches_of_four():
         validation=batches, calibration=batches, test=[next(iter(batches))],
         loss=F.mse_loss, metric=mae,
     )  # fmt: skip
-    found = whet.compress(task, drop="0.5", **QUICK)
+    found = whet.apply(built_in(task), task, drop="0.5", **QUICK)
     assert [step.name for step in found.recipe.steps][-2:] == ["StaticInt8", "BiasCorrection"]
     before, after = (found.readings[side] for side in ("original", "compressed"))
     x, y = next(iter(batches))

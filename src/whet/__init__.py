@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from whet.release import VERSION
+
+__version__ = VERSION
 
 # no name of a module of whet may stand here: importing that module would put it in its place.
 # Names are loaded when asked for: the processes that run runtimes import whet without torch
@@ -17,7 +19,7 @@ _HOMES = {
     "Task": "whet.task",
     "WhetError": "whet.errors",
     "apply": "whet.runner",
-    "compress": "whet.runner",
+    "compress": "whet.search.run",
     "load": "whet.artifact",
     "save": "whet.artifact",
     "step": "whet.catalog:technique",
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from whet.remembered import Remembered as Remembered
     from whet.runner import Result as Result
     from whet.runner import apply as apply
-    from whet.runner import compress as compress
+    from whet.search.run import compress as compress
     from whet.task import Metric as Metric
     from whet.task import Task as Task
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,45 @@ def fingerprint(model: nn.Module) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)};".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class Rows:
+    """Measurements by content, kept in a file line by line; a kill loses at most the last one.
+
+    Args:
+        path: the file, made when the first row is added; None keeps them in memory alone.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        if path is None or not path.exists():
+            return
+        for line in path.read_text().splitlines():
+            try:
+                key, row = json.loads(line)
+            except ValueError:
+                continue  # a kill cut it short
+            self.known[key] = row
+
+    def get(self, name: str, make: Callable[[], Any]) -> Any:
+        """The row called `name`: as it was measured before, else as `make` measures it now."""
+        key = hashlib.sha256(name.encode()).hexdigest()
+        if key not in self.known:
+            self.known[key] = row = make()
+            self._append(key, row)
+        return self.known[key]
+
+    def _append(self, key: str, row: Any) -> None:
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # a line that was cut short must not swallow this one
+        whole = not self.path.exists() or self.path.read_bytes()[-1:] in (b"\n", b"")
+        with self.path.open("a") as file:
+            file.write(("" if whole else "\n") + json.dumps([key, row]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def write(folder: Path, model: nn.Module, reading: dict[str, Any]) -> None:

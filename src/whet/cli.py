@@ -24,15 +24,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from whet import __version__, catalog, inspection, runner
+from whet import catalog, inspection, runner
 from whet import demo as demonstration
 from whet import probe as sensitivity
 from whet.errors import BadInput, WhetError
 from whet.optional import installed, version
 from whet.recipe import Recipe, built_in
+from whet.release import VERSION
+from whet.report import finding
 from whet.report.heatmap import heatmap, probe_tables
 from whet.report.page import page
 from whet.report.table import layer_table, tables
+from whet.search import run as searching
 from whet.targets.processor import here
 from whet.task import Task
 from whet.technique import card, knobs, span
@@ -184,7 +187,8 @@ def _workspace(folder: Path) -> Path:
 
 
 def _steps_kept(folder: Path) -> bool:
-    return any(path.suffix != ".partial" for path in _workspace(folder).glob("step-*"))
+    kept = [*_workspace(folder).glob("step-*"), *_workspace(folder).glob("rows.jsonl")]
+    return any(path.suffix != ".partial" for path in kept)
 
 
 @app.command()
@@ -242,24 +246,64 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
+    minimize: Annotated[
+        str | None,
+        typer.Option(
+            help="Search: what to make small within the limits: latency, size, macs, drop."
+        ),
+    ] = None,
+    time: Annotated[str | None, typer.Option(help="Search: time for it, as 30m.")] = None,
+    trials: Annotated[int, typer.Option(min=1, help="Search: plans to try.")] = 4,
+    epochs: Annotated[
+        float, typer.Option(help="Search: of a short recovery, where no --time is given.")
+    ] = 1.0,
+    technique: Annotated[
+        list[str] | None, typer.Option(help="Search: choose from these; several times for several.")
+    ] = None,
+    pick: Annotated[
+        int | None,
+        typer.Option(help="Take this trial of the search that wrote the folder."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compress a network, deploy it, and measure the deployed file beside the original.
+
+    With --recipe, as it says. With goals alone, the recipe is searched for: the report says what
+    was tried, `whet explain` why each layer got what it got, and every trial that no other beats is
+    kept in trials/, to be taken later with --pick. With neither, by a built-in recipe.
 
     Examples:
 
     `whet compress my_task.py:task --recipe recipe.yaml -o out/`
 
     `whet compress my_task.py:task --drop 0.5pp --latency 0.5x --target auto`
+
+    `whet compress my_task.py:task --drop 0.5pp --minimize latency --time 30m`
+
+    `whet compress my_task.py:task --pick 3 -o out/`
     """
+    if pick is not None:
+        _pick(task, output, pick, threads, rounds, as_json)
     runner.free(output, force)
     limits = {"drop": drop, "latency": latency, "size": size, "macs": macs}
     limits = {name: text for name, text in limits.items() if text is not None}
-    options = {"target": target, "threads": threads, "seed": seed, "rounds": rounds} | limits
+    options: dict[str, Any] = {"target": target, "threads": threads, "seed": seed} | limits
+    options["rounds"] = rounds
     runner.settings_of(options)
     runner.targets_of(target)
     steps = None if recipe is None else Recipe.read(recipe)
+    sought: dict[str, Any] = {"minimize": minimize, "time": time, "techniques": technique}
+    sought = {name: value for name, value in sought.items() if value is not None}
+    if steps is not None and sought:
+        found = ", ".join(f"--{name.removesuffix('s')}" for name in sought)
+        raise BadInput(f"search with {found}", "a recipe is given", "Leave one of them out.")
     loaded = load_task(task)
+    if steps is None and (sought or (limits and loaded.validation is not None)):
+        options |= sought | {"trials": trials, "epochs": epochs}
+        options |= {"workspace": _workspace(output), "resume": resume}
+        _deliver(
+            lambda tell: searching.search(loaded, tell=tell, **options), output, force, as_json
+        )
     if steps is None:
         steps = built_in(loaded)
         names = ", ".join(step.name for step in steps.steps)
@@ -267,6 +311,21 @@ def compress(
     workspace = _workspace(output)
     options |= {"workspace": workspace, "resume": resume}
     _deliver(lambda tell: runner.apply(steps, loaded, tell=tell, **options), output, force, as_json)
+
+
+def _pick(
+    task: str, folder: Path, number: int, threads: int, rounds: int, as_json: bool
+) -> NoReturn:
+    """Another trial of the search that wrote `folder` takes the place of the one it took."""
+    goals = _report(folder).get("search", {}).get("goals", {})
+    loaded = load_task(task)
+    options = {"threads": threads, "rounds": rounds} | goals
+    _deliver(
+        lambda tell: searching.pick(loaded, folder, number, tell=tell, **options),
+        folder,
+        True,
+        as_json,
+    )
 
 
 @app.command()
@@ -451,6 +510,31 @@ def report(
     out.print(f"\n{folder / 'report.html'}")
 
 
+@app.command()
+def explain(
+    folder: Annotated[Path, typer.Argument(help="A folder that a search of compress wrote.")],
+    as_json: Json = False,
+) -> None:
+    """Why each layer got what it got, what was tried, and why the other techniques were not taken.
+
+    Example: `whet explain out/`
+    """
+    search = finding.search_of(_report(folder))
+    if search is None:
+        raise BadInput(
+            f"explain {folder}",
+            "no search wrote it: its recipe was given",
+            "Search with goals alone: whet compress TASK --drop 0.5pp.",
+        )
+    if as_json:
+        print(json.dumps(search))
+        return
+    for head, lines in finding.explained(search):
+        out.print(f"\n[bold]{escape(head)}[/]", highlight=False)
+        for line in lines:
+            out.print(f"  {escape(line)}", highlight=False, soft_wrap=True)
+
+
 def _report(folder: Path) -> dict[str, Any]:
     path = folder / "report.json"
     try:
@@ -535,7 +619,7 @@ def _int8_here(bits: int) -> str:
 
 def _show_version(value: bool) -> None:
     if value:
-        print(f"whet {__version__}")
+        print(f"whet {VERSION}")
         raise typer.Exit
 
 

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from whet.checkpoint import fingerprint
+from whet.checkpoint import Rows, fingerprint
 from whet.errors import BadInput, Refused
 from whet.graph import surgery
 from whet.graph.ledger import ledger
@@ -127,20 +125,20 @@ def probe(
     model, measure = task.model.eval(), task.measure
     before = _costs(model, task)
     before["metric"] = evaluate(model, list(limited(task.validation, examples)), measure)
-    known = _read(cache)
+    known = Rows(cache)
     digest = _digest(task, examples, seed, target, threads)
     curvature: dict[str, tuple[Tensor, Tensor]] | None = None
     rows, tries = [], options(task, techniques, values)
     for done, option in enumerate(tries):
         name = f"{option.technique.name} {option.technique.model_dump_json()} {digest}"
-        key = hashlib.sha256(name.encode()).hexdigest()
-        if key not in known:
+
+        def measured(option: Option = option) -> Row:
+            nonlocal curvature
             if curvature is None and task.train is not None:
                 curvature = _curvature(model, task, examples)
-            row = _try(option, task, before, curvature, examples, target, threads)
-            known[key] = row
-            _append(cache, key, row)
-        rows.append(known[key])
+            return _try(option, task, before, curvature, examples, target, threads)
+
+        rows.append(known.get(name, measured))
         tell(done + 1, len(tries))
     return {
         "task": task.name,
@@ -262,29 +260,3 @@ def _digest(task: Task, examples: int, seed: int, target: Target | None, threads
     runtime = None if target is None else (target.name, threads)
     digest.update(f"{examples} {seed} {runtime} {task.measure.name}".encode())
     return digest.hexdigest()
-
-
-def _read(cache: Path | None) -> dict[str, Row]:
-    """The rows of a cache; a line that a kill cut short is skipped."""
-    found: dict[str, Row] = {}
-    if cache is None or not cache.exists():
-        return found
-    for line in cache.read_text().splitlines():
-        try:
-            key, row = json.loads(line)
-        except ValueError:
-            continue
-        found[key] = row
-    return found
-
-
-def _append(cache: Path | None, key: str, row: Row) -> None:
-    if cache is None:
-        return
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    # a line that was cut short must not swallow this one
-    whole = not cache.exists() or cache.read_bytes()[-1:] in (b"\n", b"")
-    with cache.open("a") as file:
-        file.write(("" if whole else "\n") + json.dumps([key, row]) + "\n")
-        file.flush()
-        os.fsync(file.fileno())

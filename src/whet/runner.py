@@ -23,13 +23,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from whet import __version__, artifact, catalog, checkpoint, packed, promises
+from whet import artifact, catalog, checkpoint, packed, promises
 from whet.errors import BadInput, BrokenPromise, Refused, TargetFailed, nearest
 from whet.graph import trace
 from whet.measure import cost, latency, quality
 from whet.measure.goals import EXAMPLES, Goals
 from whet.measure.signature import signature
-from whet.recipe import Recipe, built_in
+from whet.recipe import Recipe
+from whet.release import VERSION
 from whet.report.page import page
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
@@ -52,6 +53,7 @@ class Settings:
         seed: of everything random.
         rounds: of the final timing; steps take a quarter.
         step_examples: validation examples for the reading after each step.
+        step_readings: deploy and measure after every step, not at the end alone.
         workspace: where checkpoints live; None for a temporary folder.
         resume: go on from the checkpoints in `workspace`.
         tell: progress.
@@ -63,6 +65,7 @@ class Settings:
     seed: int = 0
     rounds: int = 40
     step_examples: int = 1000
+    step_readings: bool = True
     workspace: Path | None = None
     resume: bool = False
     tell: Tell = lambda what, done, of: None
@@ -106,6 +109,7 @@ class Result:
             raise unwritable(folder, error) from error
         try:
             for name, data in self.files.items():
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
                 (partial / name).write_bytes(data)
             partial.chmod(0o755)
             old = partial.with_name(f"{partial.name}.old")
@@ -182,9 +186,20 @@ def apply(recipe: Recipe, task: Task, **options: Any) -> Result:
         return _Run(task, recipe, settings, targets, Path(folder)).result()
 
 
-def compress(task: Task, **options: Any) -> Result:
-    """`apply` with the built-in recipe that suits what the task brings."""
-    return apply(built_in(task), task, **options)
+def prove(result: Result, task: Task, said: dict[str, Any] | None = None, **options: Any) -> Result:
+    """Deploy and measure the network of `result` again: on test data, where `task` has any.
+
+    Args:
+        result: of `apply`; its recipe and the readings of its steps are kept.
+        task: the same, with other data perhaps.
+        said: more that the report is to say.
+        options: as `apply` takes them.
+    """
+    settings = settings_of(options)
+    targets = targets_of(settings.target)
+    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
+        run = _Run(task, result.recipe, settings, targets, Path(folder))
+        return run.again(result, said or {})
 
 
 def settings_of(options: dict[str, Any]) -> Settings:
@@ -258,6 +273,7 @@ class _Run:
         with torch.no_grad():
             self.like = self.parent(*task.example)
         self.notes: list[str] = []
+        self.said: dict[str, Any] = {}
         self.workspace = settings.workspace
 
     # -- the steps ---------------------------------------------------------------------------
@@ -274,6 +290,13 @@ class _Run:
             steps.append(last)
         return self._finish(model, start, steps)
 
+    def again(self, result: Result, said: dict[str, Any]) -> Result:
+        """Measure the end of a run once more."""
+        self.original, self.original_net = self._lower(self.parent, "original")
+        self.notes += result.readings["notes"]
+        self.said = said
+        return self._finish(result.model, result.readings["start"], result.readings["steps"])
+
     def _claim_workspace(self) -> None:
         """Checkpoints of another run are never taken for this one's."""
         if self.workspace is None:
@@ -285,7 +308,7 @@ class _Run:
             "target": self.settings.target,
             "threads": self.settings.threads,
             "network": checkpoint.fingerprint(self.parent),
-            "whet": __version__,
+            "whet": VERSION,
         }
         if mark.exists() and self.settings.resume:
             if mark.read_text() != json.dumps(mine):
@@ -343,7 +366,9 @@ class _Run:
             "notes": work.notes,
             "overhead_seconds": {},
         }
-        said = last | said | ({} if refused else self._reading(work.model, label))
+        read = self.settings.step_readings and not refused
+        was = last if refused else dict.fromkeys(last)  # what was not measured is not known
+        said = was | said | (self._reading(work.model, label) if read else {})
         if saved is not None:
             try:
                 checkpoint.write(saved, work.model, said)
@@ -393,7 +418,7 @@ class _Run:
             self.like,
             self.task.validation,
             self.task.measure,
-            threads=_cores(),
+            threads=cores(),
             examples=self.settings.step_examples,
         ).value
 
@@ -420,7 +445,7 @@ class _Run:
         before = self._figures(self.parent, self.original, times["original"], None)
         after = self._figures(model, file, times["compressed"], len(packed_bytes))
         readings = {
-            "whet": __version__,
+            "whet": VERSION,
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "task": self.task.name,
             "target": self.target.name,
@@ -448,7 +473,7 @@ class _Run:
             },
             "command": f"whet compress {self.task.name} --recipe recipe.yaml"
             f" --target {self.target.name} -o out/",
-        }
+        } | self.said
         files = {
             "model.whet": packed_bytes,
             f"model{file.suffix}": file.read_bytes(),
@@ -500,7 +525,7 @@ class _Run:
         zeros = any(form.support() is not None for _, _, form in packed.forms(model))
         if zeros and "zeros" in self.target.facts:
             self.notes.append(f"zeros in {self.target.name}: {self.target.facts['zeros']}.")
-        said = quality.gate(self.target, file, net, model, batches, threads=_cores())
+        said = quality.gate(self.target, file, net, model, batches, threads=cores())
         quality.require_agreement(said, self.target)
         missing = said["int8"]["expected"] - said["int8"]["found"]
         if missing > 0:
@@ -533,7 +558,7 @@ class _Run:
         metric = self.task.measure
         if batches is not None:
             reading = quality.measure(
-                self.target, file, self.task.example, self.like, batches, metric, threads=_cores()
+                self.target, file, self.task.example, self.like, batches, metric, threads=cores()
             )
             said["metric"] = {
                 "name": metric.name,
@@ -585,6 +610,6 @@ def _row(layer: cost.Layer | None, share: float | None) -> dict[str, Any] | None
     return None if layer is None else layer.numbers() | {"share": share}
 
 
-def _cores() -> int:
+def cores() -> int:
     """Threads for runs that are not timed."""
     return max(1, torch.get_num_threads())

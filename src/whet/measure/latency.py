@@ -117,7 +117,7 @@ def verdict(low: float, high: float) -> str:
     return "same" if 1 - low < SAME and high - 1 < SAME else "too noisy to tell"
 
 
-def shares(
+def by_layer(
     target: Target,
     net: Deployable,
     file: Path,
@@ -125,17 +125,24 @@ def shares(
     threads: int,
     rounds: int = 10,
 ) -> dict[str, float]:
-    """The share of the measured time that each layer takes, by module path.
+    """The milliseconds of each layer by module path; under "" those that belong to none.
 
-    What a runtime merges into a layer (an activation, an add) counts as that layer's; what
-    belongs to none is left out, so shares may sum to less than one.
+    What a runtime merges into a layer (an activation, an add) counts as that layer's.
     """
     said = target.job(
         "layers", inputs, file=str(file), threads=threads, precision="f32", rounds=rounds
     ).said["milliseconds"]
-    total, found = sum(said.values()) or 1.0, {}
+    found: dict[str, float] = {}
     for name, milliseconds in said.items():
-        owner = net.owner(name)
-        if owner is not None:
-            found[owner] = found.get(owner, 0.0) + milliseconds / total
+        owner = net.owner(name) or ""
+        found[owner] = found.get(owner, 0.0) + milliseconds
     return found
+
+
+def shares(
+    target: Target, net: Deployable, file: Path, inputs: Sequence[np.ndarray], threads: int
+) -> dict[str, float]:
+    """The share of the measured time that each layer takes; they sum to one or less."""
+    found = by_layer(target, net, file, inputs, threads)
+    total = sum(found.values()) or 1.0
+    return {path: milliseconds / total for path, milliseconds in found.items() if path}

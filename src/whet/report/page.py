@@ -9,6 +9,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
+from whet.report import finding
 from whet.report.table import (
     MISSING,
     SIDES,
@@ -172,9 +173,11 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 def page(report: Report) -> str:
     """The whole report as one self-contained HTML page."""
+    search = finding.search_of(report)
     sections = [
         _section("compared", "Before and after", _cards(report) + _reading_table(report)),
         _section("goals", "Goals", _goals(report)),
+        "" if search is None else _section("search", "The search", finding.section(search)),
         _section("steps", "What each step did", _steps(report)),
         _section("gate", "Does the artefact compute what PyTorch computes?", _gate(report)),
         _section("layers", "Layer by layer", _layers(report)),
@@ -182,7 +185,8 @@ def page(report: Report) -> str:
         _section("recipe", "Recipe", _recipe(report)),
         _section("signature", "How it was measured", _signature(report)),
     ]
-    return document(headline(report), _header(report) + "\n" + "".join(sections), script=SCRIPT)
+    body = _header(report) + "\n" + "".join(sections)
+    return document(headline(report), body, "" if search is None else finding.STYLE, SCRIPT)
 
 
 def document(title: str, body: str, style: str = "", script: str = "") -> str:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +44,7 @@ class DropBlocks(Technique):
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.VALIDATION})
     spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
+    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"amount": (1.0,)}
 
     amount: Annotated[float, Field(ge=0, le=1, description="share of all residual blocks")] = 0.33
     rounds: Annotated[int, Field(ge=1, description="look again after each share of them")] = 3
@@ -53,12 +54,18 @@ class DropBlocks(Technique):
     examples: Annotated[int, Field(ge=1, description="validation examples for each look")] = 1000
     calibrate: Annotated[int, Field(ge=0, description="examples for BatchNorm statistics")] = 2048
     skip: Skip = ()
+    only: Annotated[
+        tuple[str, ...],
+        Field(description="blocks to choose from, of which amount is the share; empty for all"),
+    ] = ()
 
     def apply(self, work: Work) -> None:
         found = blocks.residual_blocks(work.model, work.task.example)
-        free = [path for path in found.droppable if not skipped(path, self.skip)]
-        work.notes += [f"{path} stays: {reason}." for path, reason in found.kept.items()]
-        goal = min(round(self.amount * (len(found.droppable) + len(found.kept))), len(free))
+        free = [path for path in found.droppable if self._may(path)]
+        kept = {path: why for path, why in found.kept.items() if self._may(path)}
+        work.notes += [f"{path} stays: {reason}." for path, reason in kept.items()]
+        total = len(free) if self.only else len(found.droppable) + len(found.kept)
+        goal = min(round(self.amount * total), len(free))
         if not goal:
             raise Refused(
                 f"DropBlocks(amount={self.amount})",
@@ -70,7 +77,8 @@ class DropBlocks(Technique):
             share = round(goal * (turn + 1) / self.rounds) - len(gone)
             left = [path for path in free if path not in gone]
             look = self._costs if self.by == "loss" else self._influences
-            costs = look(work, left, (turn, self.rounds))
+            all_go = share == len(left)  # then there is nothing to choose
+            costs = dict.fromkeys(left, 0.0) if all_go else look(work, left, (turn, self.rounds))
             worst_first = sorted(left, key=lambda path: costs[path])
             for path in worst_first[:share]:
                 surgery.replace(work.model, path, placeable.Shortcut())
@@ -78,6 +86,13 @@ class DropBlocks(Technique):
             refresh_batchnorm(work, self.calibrate if share else 0)
         work.notes = [n for k, n in enumerate(work.notes) if n not in work.notes[:k]]
         work.notes.append(f"dropped {len(gone)} blocks: {', '.join(gone)}.")
+
+    def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
+        found = blocks.residual_blocks(model, example)
+        return [path for path in found.droppable if self._may(path)]
+
+    def _may(self, path: str) -> bool:
+        return (not self.only or path in self.only) and not skipped(path, self.skip)
 
     def _costs(self, work: Work, paths: list[str], turn: tuple[int, int]) -> dict[str, float]:
         # a look ranks blocks, so it may be quick: bf16 where that pays, channels last

@@ -1,0 +1,153 @@
+"""What a search found, in words and as a part of the page: why each place got what it got."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from whet.report.table import dig, percent
+
+Search = Mapping[str, Any]
+WIDTH, HEIGHT, EDGE = 640, 300, 44
+
+STYLE = """
+svg.trials{display:block;width:100%;max-width:720px;height:auto}
+svg.trials text{font-size:11px;fill:var(--soft)}
+svg.trials line{stroke:var(--line)}
+svg.trials circle{fill:var(--before)}svg.trials circle.final{fill:var(--after)}
+svg.trials circle.taken{fill:var(--good);stroke:var(--ink);stroke-width:2}
+"""
+
+
+def search_of(report: Mapping[str, Any]) -> Search | None:
+    """The part of a report that a search wrote, if one did."""
+    found = dig(report, "search")
+    return found if isinstance(found, Mapping) else None
+
+
+def explained(found: Search) -> list[tuple[str, list[str]]]:
+    """Headings, each with its sentences."""
+    goals = ", ".join(f"{name} at most {text}" for name, text in found["goals"].items())
+    asked = f"{goals or 'no limits'}; as little {found['minimize']} as possible"
+    count = len(found["trials"])
+    parts = [
+        ("What was asked for", [f"{asked}.", f"{count} trials in {_took(found['seconds'])}."]),
+        ("What each place got", _places(found)),
+        ("What was tried", [_trial(n, t) for n, t in enumerate(found["trials"], start=1)]),
+        ("Predicted and measured", _predicted(found)),
+        ("Techniques that were turned down", _refused(found)),
+        ("Notes", list(found["notes"])),
+    ]
+    return [(head, lines) for head, lines in parts if lines]
+
+
+def _took(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _places(found: Search) -> list[str]:
+    lines = []
+    options: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for option in found["options"]:
+        options.setdefault((option["place"], option["technique"]), []).append(option)
+    whole = found["macs"] or 1
+    for (place, technique), each in options.items():
+        taken = next((o for o in each if o["taken"]), None)
+        told = taken or each[0]
+        alone = f"alone it changes the outputs by {told['deviation']:.2g}"
+        saves = f"and saves {percent(-told['macs'] / whole)} of the MACs"
+        if taken is not None:
+            lines.append(f"{place}: {technique}, {_strength(taken)}; {alone} {saves}.")
+        else:
+            lines.append(f"{place}: no {technique}; {_strength(told)}, {alone} {saves}.")
+    return sorted(lines, key=lambda line: ": no " in line)
+
+
+def _strength(option: Mapping[str, Any]) -> str:
+    return f"{option['knob']} {option['value']}"
+
+
+def _trial(number: int, trial: Mapping[str, Any]) -> str:
+    kind = f"{trial['epochs']:.2g} epochs of recovery" if trial["epochs"] else "no recovery"
+    taken = "; taken" if trial["taken"] else ""
+    what = f"{trial['finish']} in {trial['target']}, {trial['places']} places changed, {kind}"
+    costs = f"latency {trial['latency']:.3f}x, size {trial['size']:.3f}x"
+    return f"{number}. {what}: drop {_drop(trial)}, {costs}{taken}."
+
+
+def _drop(found: Mapping[str, Any]) -> str:
+    return f"{100 * found['drop']:+.2f}pp" if found["unit"] == "%" else f"{found['drop']:+.4g}"
+
+
+def _predicted(found: Search) -> list[str]:
+    lines = []
+    for name, value in found["rank_correlation"].items():
+        if value is not None:
+            lines.append(f"{name}: rank correlation {value:.2f} over the trials.")
+    return lines
+
+
+def _refused(found: Search) -> list[str]:
+    return [f"{name}: {why}." for name, why in found["techniques"].items() if why != "taken"]
+
+
+def section(found: Search) -> str:
+    """HTML: the trials as a picture, and the words."""
+    parts = [_picture(found)]
+    for head, lines in explained(found):
+        items = "".join(f"<li>{escape(line)}</li>\n" for line in lines)
+        if len(lines) > 8:
+            parts.append(
+                f"<details><summary>{escape(head)} ({len(lines)})</summary>"
+                f'<ul class="notes">\n{items}</ul></details>'
+            )
+        else:
+            parts.append(f'<h3>{escape(head)}</h3><ul class="notes">\n{items}</ul>')
+    return "\n".join(parts)
+
+
+def _picture(found: Search) -> str:
+    """Every trial: the drop upwards, the cost to the right; its recipe when pointed at."""
+    cost = found["minimize"] if found["minimize"] != "drop" else "latency"
+    trials: Sequence[Mapping[str, Any]] = found["trials"]
+    shown = [t for t in trials if math.isfinite(t[cost]) and math.isfinite(t["drop"])]
+    if not shown:
+        return ""
+    across = _scale([t[cost] for t in shown], EDGE, WIDTH - 12)
+    up = _scale([t["drop"] for t in shown], HEIGHT - EDGE, 12)
+    dots = []
+    for trial in sorted(shown, key=lambda t: t["taken"]):
+        kind = "taken" if trial["taken"] else "final" if trial["final"] else ""
+        words = _trial(trials.index(trial) + 1, trial)
+        title = escape(f"{words}\n{trial['recipe']}")
+        dots.append(
+            f'<circle class="{kind}" cx="{across(trial[cost]):.1f}" cy="{up(trial["drop"]):.1f}"'
+            f' r="6" tabindex="0"><title>{title}</title></circle>'
+        )
+    ends = sorted(t[cost] for t in shown)
+    drops = sorted(shown, key=lambda t: t["drop"])
+    texts = [
+        f'<text x="{across(x):.1f}" y="{HEIGHT - 22}" text-anchor="middle">{x:.2f}x</text>'
+        for x in dict.fromkeys((ends[0], ends[-1]))
+    ]
+    texts += [
+        f'<text x="2" y="{up(t["drop"]) + 4:.1f}">{escape(_drop(t))}</text>'
+        for t in (drops[:1] + drops[-1:])[: len(drops)]
+    ]
+    base = HEIGHT - EDGE + 8
+    return (
+        f'<svg class="trials" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
+        f' aria-label="drop against {escape(cost)} of every trial">'
+        f'<line x1="{EDGE}" y1="{base}" x2="{WIDTH}" y2="{base}"/>'
+        f'<text x="{WIDTH / 2}" y="{HEIGHT - 4}" text-anchor="middle">{escape(cost)} over the'
+        f" original's; drop upwards; green: taken, blue: longer recovery</text>"
+        f"{''.join(texts)}{''.join(dots)}</svg>"
+    )
+
+
+def _scale(values: Sequence[float], start: float, end: float) -> Any:
+    low, high = min(values), max(values)
+    room = (high - low) or 1.0
+    return lambda value: start + (end - start) * (0.06 + 0.88 * (value - low) / room)

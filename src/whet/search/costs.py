@@ -1,0 +1,128 @@
+"""What a plan costs: counts exactly, bytes and latency from measurements of whole networks.
+
+Some random plans are carried out, deployed and timed in the runtime, layer by layer. Layers that
+were alike in the original share one table of (MACs, milliseconds); between its points lines are
+drawn. The whole network's time follows as
+
+    t = a sum_l t_l(MACs_l) + b,
+
+a and b by least squares over the same networks; its bytes as c sum_l bytes_l + d.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from whet.search.menu import Counts, Offer, total
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One network as it was measured.
+
+    Args:
+        layers: its counts, by path.
+        times: milliseconds by path of the module that they belong to; "" for none.
+        latency: of the whole, over the original's.
+        bytes: of the deployed file, over the original's.
+    """
+
+    layers: Mapping[str, Counts]
+    times: Mapping[str, float]
+    latency: float
+    bytes: float
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Profile:
+        """From a row as JSON keeps it."""
+        layers = {path: (each[0], each[1], each[2]) for path, each in row["layers"].items()}
+        return cls(layers, row["times"], row["latency"], row["bytes"])
+
+
+def combined(base: Mapping[str, Counts], offers: Sequence[Offer]) -> dict[str, Counts]:
+    """The layers under several offers: what they leave of a layer, multiplied.
+
+    A layer that one of them made anew keeps that one's counts.
+    """
+    now: dict[str, Any] = {path: [float(n) for n in each] for path, each in base.items()}
+    for offer in offers:
+        for path, each in offer.layers.items():
+            old = base.get(path)
+            if old is None:
+                now[path] = [float(n) for n in each]
+                continue
+            shares = [a / b if b else 1.0 for a, b in zip(each, old, strict=True)]
+            now[path] = [n * share for n, share in zip(now[path], shares, strict=True)]
+    whole = {path: (round(p), round(m), round(b)) for path, (p, m, b) in now.items()}
+    return {path: each for path, each in whole.items() if any(each)}
+
+
+@dataclass
+class Costs:
+    """Predictions for plans on one network, in one runtime, under one way to finish.
+
+    Args:
+        base: counts of the layers of the network.
+        profiles: measured networks, the untouched one first.
+        bias: measured over predicted, by name of the cost; what trials taught.
+    """
+
+    base: Mapping[str, Counts]
+    profiles: Sequence[Profile]
+    bias: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tables: dict[Any, dict[int, list[float]]] = {}
+        for profile in self.profiles:
+            for path, each in profile.layers.items():
+                if path in profile.times:
+                    table = self.tables.setdefault(self._like(path), {})
+                    table.setdefault(each[1], []).append(profile.times[path])
+        sums = [self._layer_time(profile.layers) for profile in self.profiles]
+        self.time = _line(sums, [profile.latency for profile in self.profiles])
+        sizes = [float(total(profile.layers)[2]) for profile in self.profiles]
+        self.size = _line(sizes, [profile.bytes for profile in self.profiles])
+
+    def _like(self, path: str) -> Any:
+        """Layers of one table: those of equal counts in the original, or each new one alone."""
+        return self.base.get(path, path)
+
+    def _layer_time(self, layers: Mapping[str, Counts]) -> float:
+        return sum(self._one(path, each[1]) for path, each in layers.items())
+
+    def _one(self, path: str, macs: int) -> float:
+        table = self.tables.get(self._like(path))
+        if table is None:
+            return 0.0
+        points = sorted((m, float(np.median(ms))) for m, ms in table.items())
+        known, times = zip(*points, strict=True)
+        return float(np.interp(macs, known, times))
+
+    def predict(self, offers: Sequence[Offer], corrected: bool = True) -> dict[str, float]:
+        """Latency, size and MACs over the original's, each times its bias."""
+        layers = combined(self.base, offers)
+        raw = {
+            "latency": self.time[0] * self._layer_time(layers) + self.time[1],
+            "size": self.size[0] * total(layers)[2] + self.size[1],
+            "macs": total(layers)[1] / max(total(self.base)[1], 1),
+        }
+        if not corrected:
+            return raw
+        return {name: value * self.bias.get(name, 1.0) for name, value in raw.items()}
+
+
+def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """a, b of y ~ a x + b, neither negative; through the origin where one point is all."""
+    first, second = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
+    if np.ptp(first) > 0:
+        a, b = np.polyfit(first, second, 1)
+        if a >= 0 and b >= 0:
+            return float(a), float(b)
+        if a < 0:
+            return 0.0, float(second.mean())
+    square = float(first @ first)
+    return (float(first @ second) / square if square else 0.0), 0.0
