@@ -260,6 +260,10 @@ def compress(
     technique: Annotated[
         list[str] | None, typer.Option(help="Search: choose from these; several times for several.")
     ] = None,
+    finish: Annotated[
+        list[str] | None,
+        typer.Option(help="Search: what may be done at the end: float, int8, '4-bit weights'."),
+    ] = None,
     pick: Annotated[
         int | None,
         typer.Option(help="Take this trial of the search that wrote the folder."),
@@ -292,7 +296,9 @@ def compress(
     runner.settings_of(options)
     runner.targets_of(target)
     steps = None if recipe is None else Recipe.read(recipe)
-    sought: dict[str, Any] = {"minimize": minimize, "time": time, "techniques": technique}
+    sought: dict[str, Any] = {
+        "minimize": minimize, "time": time, "techniques": technique, "finishes": finish,
+    }  # fmt: skip
     sought = {name: value for name, value in sought.items() if value is not None}
     if steps is not None and sought:
         found = ", ".join(f"--{name.removesuffix('s')}" for name in sought)

@@ -32,7 +32,7 @@ from torch import nn
 
 from whet import artifact, catalog, runner, solve
 from whet.checkpoint import Rows, fingerprint
-from whet.errors import BadInput, Disagrees, Refused, TargetFailed
+from whet.errors import BadInput, Disagrees, Refused, TargetFailed, nearest
 from whet.measure import latency
 from whet.measure.goals import Goals
 from whet.probe import rank_correlation
@@ -76,6 +76,7 @@ class Wish:
         epochs: of a short recovery, where no time is given; a long one has four times as many.
         seconds: in all; None leaves it to `trials` and `epochs`.
         techniques: names to choose from; None for the whole catalogue.
+        finishes: what may be done at the end, of `FINISHES`.
     """
 
     goals: Goals
@@ -85,6 +86,7 @@ class Wish:
     epochs: float = 1.0
     seconds: float | None = None
     techniques: tuple[str, ...] | None = None
+    finishes: tuple[str, ...] = tuple(FINISHES)
 
 
 def compress(task: Task, **options: Any) -> Result:
@@ -104,6 +106,7 @@ def search(
     epochs: float = 1.0,
     time: str | None = None,
     techniques: Sequence[str] | None = None,
+    finishes: Sequence[str] = tuple(FINISHES),
     **options: Any,
 ) -> Result:
     """Find the recipe that meets the goals, apply it and measure what came out.
@@ -117,6 +120,7 @@ def search(
         epochs: of a short recovery, where no `time` is given.
         time: for the whole search, as "30m" or "2h".
         techniques: names to choose from; by default the whole catalogue.
+        finishes: what may be done at the end: "float", "int8", "4-bit weights".
         options: as `whet.apply` takes them, limits among them; `workspace` and `resume` too.
 
     Raises:
@@ -137,6 +141,7 @@ def search(
         epochs,
         None if time is None else duration(time),
         None if techniques is None else tuple(techniques),
+        tuple(finishes),
     )
     if wish.minimize not in ("latency", "size", "macs", "drop"):
         raise BadInput(
@@ -144,6 +149,9 @@ def search(
         )
     for name in wish.techniques or ():
         catalog.technique(name)
+    for name in wish.finishes:
+        if name not in FINISHES:
+            raise BadInput(f"finish with {name!r}", "there is no such end", nearest(name, FINISHES))
     if settings.workspace is not None:
         return Search(task, wish, settings).result()
     with tempfile.TemporaryDirectory(prefix="whet-search-") as folder:
@@ -205,7 +213,8 @@ class Search:
                 "network": fingerprint(self.task.model),
                 "goals": self.wish.goals.model_dump(),
                 "wish": [self.wish.minimize, self.wish.trials, self.wish.finals],
-                "time": [self.wish.epochs, self.wish.seconds, self.wish.techniques],
+                "time": [self.wish.epochs, self.wish.seconds],
+                "choice": [self.wish.techniques, self.wish.finishes],
                 "target": [self.settings.target, self.settings.threads, self.settings.seed],
             }
         )
@@ -234,7 +243,8 @@ class Search:
         """Every finish in every runtime, as trials; the one to go on with."""
         found = []
         for target in targets:
-            for name, steps in FINISHES.items():
+            for name in self.wish.finishes:
+                steps = FINISHES[name]
                 made = [catalog.technique(n, k) for n, k in steps]
                 if all(need.met(self.task) for step in made for need in step.needs):
                     plan = Plan((), 0.0, {})

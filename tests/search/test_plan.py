@@ -1,0 +1,92 @@
+"""A block and its inside are one choice; the plan is the best within its limits; steps are few."""
+
+import itertools
+
+import pytest
+
+from whet import solve
+from whet.probe import Option
+from whet.search import plan as plans
+from whet.search.costs import Costs, Profile
+from whet.search.menu import Menu, Offer
+from whet.techniques.factorize.svd import Svd
+from whet.techniques.prune.dropblocks import DropBlocks
+from whet.techniques.prune.l1filters import L1Filters
+
+BASE = {f"{b}.{c}": (100, 1000, 400) for b in ("x", "y") for c in ("1", "2")} | {
+    "out": (10, 100, 40)
+}
+
+
+def cut(place, amount, deviation):
+    left = 1 - amount
+    layers = {place: (int(100 * left), int(1000 * left), int(400 * left))}
+    return Offer(
+        Option(L1Filters(amount=amount, only=(place,)), place, "amount", amount), deviation, layers
+    )
+
+
+def dropped(block, deviation):
+    layers = {path: (0, 0, 0) for path in BASE if path.startswith(f"{block}.")}
+    option = Option(DropBlocks(amount=1.0, only=(block,)), block, "amount", 1.0)
+    return Offer(option, deviation, layers)
+
+
+def menu():
+    return Menu(
+        BASE,
+        {
+            ("DropBlocks", "x"): [dropped("x", 0.5)],
+            ("DropBlocks", "y"): [dropped("y", 0.2)],
+            ("L1Filters", "x.1"): [cut("x.1", 0.25, 0.02), cut("x.1", 0.5, 0.08)],
+            ("L1Filters", "y.1"): [cut("y.1", 0.25, 0.05), cut("y.1", 0.5, 0.3)],
+            ("L1Filters", "out"): [cut("out", 0.5, 0.01)],
+        },
+    )
+
+
+def costs():
+    return Costs(BASE, [Profile(BASE, {path: each[1] for path, each in BASE.items()}, 1.0, 1.0)])
+
+
+def test_a_block_and_what_is_inside_exclude_each_other():
+    groups = plans.bundles(menu())
+    assert len(groups) == 3
+    for group in groups:
+        assert group[0] == ()
+        assert all(len({o.option.technique.name for o in bundle}) <= 1 for bundle in group)
+    assert sorted(map(len, groups)) == [2, 4, 4]
+
+
+@pytest.mark.parametrize("limit", [0.9, 0.7, 0.5, 0.3])
+def test_the_plan_is_the_least_deviation_of_all_within_the_limit(limit):
+    known = costs()
+    found = plans.choose(menu(), known, {"macs": limit})
+    every = [
+        tuple(o for bundle in joint for o in bundle)
+        for joint in itertools.product(*plans.bundles(menu()))
+    ]
+    within = [p for p in every if known.predict(p)["macs"] <= limit]
+    assert found.deviation == pytest.approx(min(sum(o.deviation for o in p) for p in within))
+    assert found.costs["macs"] <= limit
+
+
+def test_what_cannot_be_reached_names_the_nearest():
+    with pytest.raises(solve.Unreachable) as caught:
+        plans.choose(menu(), costs(), {"macs": 0.001})
+    assert caught.value.costs["macs"] == pytest.approx(plans.least(menu(), costs(), "macs"))
+
+
+def test_channels_of_one_technique_are_one_step_and_blocks_come_first():
+    factor = Offer(Option(Svd(energy=0.9, only=("out",)), "out", "energy", 0.9), 0.1, {})
+    other = Offer(Option(Svd(energy=0.9, only=("y.2",)), "y.2", "energy", 0.9), 0.1, {})
+    steps = plans.steps([cut("y.1", 0.25, 0), factor, dropped("x", 0), cut("y.2", 0.5, 0), other])
+    assert [step.name for step in steps] == ["DropBlocks", "L1Filters", "Svd"]
+    assert steps[0] == DropBlocks(amount=1.0, only=("x",))
+    assert steps[1] == L1Filters(amount=0.0, amounts={"y.1": 0.25, "y.2": 0.5})
+    assert steps[2] == Svd(energy=0.9, only=("out", "y.2"))
+
+
+def test_nothing_cut_is_not_recovered():
+    assert plans.recipe([], [Svd()], [L1Filters()]).steps == (L1Filters(),)
+    assert plans.recipe([dropped("x", 0)], [Svd()], []).steps[1:] == (Svd(),)

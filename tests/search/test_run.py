@@ -1,0 +1,172 @@
+"""A whole search on a tiny network: limits are met or refused, a kill changes nothing."""
+
+import dataclasses
+import json
+
+import pytest
+
+import whet
+from whet.errors import BadInput
+from whet.report import finding
+from whet.report.page import page
+from whet.search import menu, run
+from whet.testing import tiny_task
+
+QUICK = {"rounds": 5, "techniques": ["L1Filters", "Magnitude", "Svd"], "finishes": ["float"]}
+SMALL = QUICK | {"trials": 1, "finals": 1, "epochs": 1.0}
+
+
+class Counted:
+    """Batches that count how often they were read to the end."""
+
+    def __init__(self, batches):
+        self.batches, self.reads = batches, 0
+
+    def __iter__(self):
+        yield from self.batches
+        self.reads += 1
+
+
+class Killed(Exception):
+    pass
+
+
+def searched(home, kills=()):
+    """A search that was killed when it told of each of these, and how often test data was read."""
+    task = tiny_task("plain_cnn")
+    task = dataclasses.replace(task, test=Counted(task.test))
+    left = list(kills)
+
+    def tell(what, done, of):
+        if left and what.startswith(left[0]) and done:
+            left.pop(0)
+            raise Killed
+
+    while True:
+        try:
+            options = SMALL | {"macs": "0.6x", "workspace": home, "resume": home.exists()}
+            return run.search(task, tell=tell, **options), task.test.reads
+        except Killed:
+            continue
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """A search undisturbed, and the same one killed three times."""
+    home = tmp_path_factory.mktemp("search")
+    kills = ("try L1Filters", "time random plans", "proof")
+    whole, reads = searched(home / "whole")
+    return whole, searched(home / "killed", kills)[0], reads
+
+
+def test_test_data_is_read_by_the_proof_alone(found):
+    result, _, reads = found
+    assert result.readings["original"]["metric"]["split"] == "test"
+    assert reads == 2  # the original's file and the compressed one's
+
+
+def test_the_limit_is_met_by_measurement(found):
+    said = found[0].readings
+    assert found[0].met
+    assert said["ratios"]["macs"] <= 0.6
+    assert {step.name for step in found[0].recipe.steps} >= {"L1Filters", "Distill"}
+
+
+def test_a_search_that_was_killed_ends_with_the_same_recipe(found):
+    assert found[0].recipe.yaml() == found[1].recipe.yaml()
+    trials = [result.readings["search"]["trials"] for result in found[:2]]
+    assert [t["recipe"] for t in trials[0]] == [t["recipe"] for t in trials[1]]
+    assert found[0].files["model.whet"] == found[1].files["model.whet"]
+
+
+def test_every_technique_that_was_looked_at_has_its_verdict(found):
+    said = found[0].readings["search"]["techniques"]
+    assert said["L1Filters"] == "taken"
+    assert said["Magnitude"].startswith("zeros save neither time nor bytes")
+    assert set(said) == set(QUICK["techniques"])
+
+
+def test_what_the_report_says(found):
+    said = found[0].readings["search"]
+    words = dict(finding.explained(said))
+    assert len(words["What was tried"]) == len(said["trials"]) >= 2
+    assert sum("; taken" in line for line in words["What was tried"]) == 1
+    taken = [o for o in said["options"] if o["taken"]]
+    assert taken
+    shown = page(found[0].readings)
+    assert 'id="search"' in shown
+    assert finding.section(said).count("<circle") == len(said["trials"])
+
+
+def test_trials_that_no_other_beats_are_kept_and_can_be_picked(found, tmp_path):
+    folder = found[0].save(tmp_path / "out")
+    kept = sorted(int(path.name) for path in (folder / "trials").iterdir())
+    other = kept[0]
+    task = tiny_task("plain_cnn")
+    result = run.pick(task, folder, other, rounds=5)
+    report = json.loads((folder / "trials" / str(other) / "report.json").read_text())
+    assert result.readings["compressed"]["macs"] == report["compressed"]["macs"]
+    taken = [t["taken"] for t in result.readings["search"]["trials"]]
+    assert taken.index(True) == other - 1
+    assert sum(taken) == 1
+    assert f"trials/{other}/model.whet" in result.files
+    with pytest.raises(BadInput, match="trials that are kept there"):
+        run.pick(task, folder, 99)
+
+
+def test_an_offer_is_what_the_technique_does_alone(found):
+    task = tiny_task("plain_cnn")
+    counted = menu.counts(task.model, task.example)
+    assert menu.total(counted)[0] == sum(p.numel() for p in task.model.parameters())
+    for option in found[0].readings["search"]["options"]:
+        assert option["deviation"] >= 0
+        assert option["macs"] < 0
+
+
+def test_what_cannot_be_reached_is_said_with_the_nearest():
+    task = tiny_task("plain_cnn")
+    with pytest.raises(BadInput, match=r"no plan comes nearer than about macs 0\.\d"):
+        run.search(task, macs="0.01x", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"minimize": "time"}, "it is no cost"),
+        ({"time": "soon"}, "no time I can read"),
+        ({"techniques": ["L1Filter"]}, "Did you mean L1Filters"),
+        ({"finishes": ["int9"]}, "Did you mean int8"),
+        ({"drop": "much"}, "no limit I can read"),
+    ],
+)
+def test_bad_wishes(options, found):
+    with pytest.raises(BadInput, match=found):
+        run.search(tiny_task("plain_cnn"), **options)
+
+
+def test_without_validation_data_there_is_no_search():
+    task = dataclasses.replace(tiny_task("plain_cnn"), validation=None)
+    with pytest.raises(BadInput, match="the task has no validation batches"):
+        run.search(task, drop="1pp")
+
+
+def test_another_search_is_not_resumed(tmp_path):
+    (tmp_path / "search.json").write_text("{}")
+    with pytest.raises(BadInput, match="it was another network, goal"):
+        run.search(tiny_task("plain_cnn"), macs="0.5x", workspace=tmp_path, resume=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(BadInput, match="files that whet did not write"):
+        run.search(tiny_task("plain_cnn"), macs="0.5x", workspace=other)
+
+
+def test_goals_search_and_none_do_not(monkeypatch):
+    called = []
+    monkeypatch.setattr(run, "search", lambda task, **o: called.append(("search", o)))
+    monkeypatch.setattr(run.runner, "apply", lambda r, task, **o: called.append(("apply", o)))
+    task = tiny_task("plain_cnn")
+    whet.compress(task, drop="1pp")
+    whet.compress(task, rounds=5)
+    whet.compress(dataclasses.replace(task, validation=None), size="0.5x")
+    assert [name for name, _ in called] == ["search", "apply", "apply"]
