@@ -237,6 +237,7 @@ def compress(
     latency: Annotated[str | None, typer.Option(help="Most time, as 0.5x or 3ms.")] = None,
     size: Annotated[str | None, typer.Option(help="Most bytes, as 0.25x or 100KB.")] = None,
     macs: Annotated[str | None, typer.Option(help="Most operations, as 0.5x or 20M.")] = None,
+    memory: Annotated[str | None, typer.Option(help="Most peak memory, as 0.5x or 30MB.")] = None,
     target: Target = "onnxruntime",
     threads: Threads = 1,
     seed: Seed = 0,
@@ -289,7 +290,7 @@ def compress(
     if pick is not None:
         _pick(task, output, pick, threads, rounds, as_json)
     runner.free(output, force)
-    limits = {"drop": drop, "latency": latency, "size": size, "macs": macs}
+    limits = {"drop": drop, "latency": latency, "size": size, "macs": macs, "memory": memory}
     limits = {name: text for name, text in limits.items() if text is not None}
     options: dict[str, Any] = {"target": target, "threads": threads, "seed": seed} | limits
     options["rounds"] = rounds

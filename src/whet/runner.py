@@ -164,7 +164,7 @@ def apply(recipe: Recipe, task: Task, **options: Any) -> Result:
         recipe: the steps.
         task: the network and its data.
         options: fields of `Settings`: target, threads, seed, rounds, ...; and limits to judge
-            the result by: drop, latency, size, macs.
+            the result by: drop, latency, size, macs, memory.
 
     Raises:
         BadInput: the task, recipe or options cannot be used; nothing has been done.

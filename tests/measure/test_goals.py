@@ -17,6 +17,7 @@ from whet.task import ACCURACY, Metric
         ("size", "100KB", 1e5, "KB"), ("size", "100kB", 1e5, "kB"), ("size", "1.5MB", 1.5e6, "MB"),
         ("size", "12B", 12, "B"), ("size", "2GB", 2e9, "GB"), ("size", "0.25x", 0.25, "x"),
         ("macs", "20M", 2e7, "M"), ("macs", "20000", 2e4, ""), ("macs", "0.5x", 0.5, "x"),
+        ("memory", "30MB", 30.0, "MB"), ("memory", "0.5x", 0.5, "x"), 
         ("macs", "3G", 3e9, "G"), ("macs", "3K", 3e3, "K"),
         ("drop", "0.5pp", 0.005, "pp"), ("drop", "0.01", 0.01, ""), ("drop", "0pp", 0, "pp"),
     ],
@@ -83,3 +84,17 @@ def test_a_drop_that_nothing_measured_is_not_met():
         ("1x", True),
     ]
     assert Goals().judge(none, none, ACCURACY, 1.0) == []
+
+
+def test_memory_is_judged_where_it_was_measured():
+    sides = [
+        {"metric": None, "latency_ms": {"median": 1.0}, "bytes": 1, "macs": 1, "memory_mb": mb}
+        for mb in (40.0, 30.0)
+    ]
+    for text, met in (("30MB", True), ("29MB", False), ("0.75x", True), ("0.7x", False)):
+        [said] = Goals(memory=text).judge(*sides, ACCURACY, 1.0)
+        assert said["met"] is met
+    unknown = [{k: v for k, v in side.items() if k != "memory_mb"} for side in sides]
+    for text in ("30MB", "0.75x"):
+        [said] = Goals(memory=text).judge(*unknown, ACCURACY, 1.0)
+        assert (said["value"], said["met"]) == ("not measured", False)

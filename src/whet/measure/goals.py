@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,18 +14,20 @@ UNITS = {
     "latency": {"x": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3},
     "size": {"x": 1.0, "B": 1.0, "KB": 1e3, "kB": 1e3, "MB": 1e6, "GB": 1e9},
     "macs": {"x": 1.0, "": 1.0, "K": 1e3, "M": 1e6, "G": 1e9},
+    "memory": {"x": 1.0, "KB": 1e-3, "kB": 1e-3, "MB": 1.0, "GB": 1e3},
     "drop": {"pp": 0.01, "": 1.0},
 }
 EXAMPLES = {
     "latency": "0.5x or 3ms",
     "size": "0.25x or 100KB",
     "macs": "0.5x or 20M",
+    "memory": "0.5x or 30MB",
     "drop": "0.5pp",
 }
 
 
 class Goals(BaseModel):
-    """Limits as texts: drop "0.5pp", latency "0.5x" or "3ms", size "0.25x" or "100KB", macs."""
+    """Limits as texts: drop "0.5pp", latency "0.5x" or "3ms", size, macs, memory "30MB"."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,6 +35,7 @@ class Goals(BaseModel):
     latency: str | None = None
     size: str | None = None
     macs: str | None = None
+    memory: str | None = None
 
     def limits(self) -> dict[str, tuple[float, str]]:
         """(number, unit) of each goal that is set.
@@ -60,12 +63,16 @@ class Goals(BaseModel):
             "latency": after["latency_ms"]["median"],
             "size": after["bytes"],
             "macs": after["macs"],
+            "memory": after.get("memory_mb"),
             "drop": drop,
         }
         shares = {
             "latency": ratio,
             "size": after["bytes"] / before["bytes"],
             "macs": after["macs"] / max(before["macs"], 1),
+            "memory": after["memory_mb"] / before["memory_mb"]
+            if after.get("memory_mb") is not None and before.get("memory_mb")
+            else None,
         }
         judged = []
         for name, (limit, unit) in self.limits().items():
@@ -84,8 +91,8 @@ class Goals(BaseModel):
         return judged
 
 
-def parse(name: Literal["drop", "latency", "size", "macs"] | str, text: str) -> tuple[float, str]:
-    """The limit in base units (fraction, ms, bytes, operations) and the unit it was given in."""
+def parse(name: str, text: str) -> tuple[float, str]:
+    """The limit in base units (fraction, ms, bytes, operations, MB) and the unit it came in."""
     match = re.fullmatch(r"\s*([0-9.]+(?:e-?[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     if match and match[2] in UNITS[name] and match[1].count(".") <= 1 and match[1] != ".":
         return float(match[1]) * UNITS[name][match[2]], match[2]

@@ -34,7 +34,7 @@ from whet.technique import Technique, Work
 
 Counts = tuple[int, int, int]  # params, MACs, bytes as deployed
 ALIKE = 0.1  # savings within this share of each other are the same
-CALIBRATE = 256  # examples for BatchNorm statistics, in a try
+FEW = {"calibrate": 256, "examples": 256}  # what a try looks at, by the knobs that say it
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,8 @@ class Tries:
 
 
 def tried(kind: type[Technique], knobs: Mapping[str, Any]) -> Technique:
-    """A technique with these knobs, its BatchNorm statistics taken from few examples."""
-    few = {"calibrate": CALIBRATE} if "calibrate" in kind.model_fields else {}
+    """A technique with these knobs that looks at few examples."""
+    few = {knob: count for knob, count in FEW.items() if knob in kind.model_fields}
     return kind(**{**few, **knobs})
 
 
@@ -208,7 +208,7 @@ def _screened(
     for done, name in enumerate(names):
         tell(f"screen {name}", done, len(names))
         kind = catalog.techniques()[name]
-        reason = _unfit(kind, tries)
+        reason = _unfit(kind, tries, wanted)
         if reason is None:
             said = tries(_half(kind, tries))
             reason = said["refused"]
@@ -260,7 +260,7 @@ def _half(kind: type[Technique], tries: Tries) -> Technique:
     return tried(kind, {knob: middle})
 
 
-def _unfit(kind: type[Technique], tries: Tries) -> str | None:
+def _unfit(kind: type[Technique], tries: Tries, wanted: set[str]) -> str | None:
     """Why a technique is no choice place by place, before it is tried at all."""
     model, example = tries.task.model, tries.task.example
     if not kind.ladder or "only" not in kind.model_fields:
@@ -275,6 +275,8 @@ def _unfit(kind: type[Technique], tries: Tries) -> str | None:
     if packed.Sparse in kind.makes:
         facts = [f"{t.name}: {t.facts['zeros']}" for t in tries.targets if "zeros" in t.facts]
         return f"zeros save neither time nor bytes in the deployed file ({'; '.join(facts)})"
+    if "bytes" not in wanted and any(issubclass(form, packed.Packed) for form in kind.makes):
+        return "it saves bytes, and no limit asks for these"
     if not kind().places(model, example):
         return "it finds no place in this network"
     return None

@@ -359,6 +359,7 @@ class Search:
                 "latency": ratios["latency"]["value"],
                 "size": ratios["bytes"],
                 "macs": ratios["macs"],
+                "memory": ratios.get("memory_mb"),
                 "goals": result.readings["goals"],
                 "seconds": round(time.monotonic() - began, 1),
             }
@@ -545,11 +546,11 @@ class Search:
         return bool(drop * times**-LONGER <= limit)
 
     def _limits(self) -> dict[str, float]:
-        """Limits on costs, as shares of the original's."""
+        """Limits on costs that can be predicted, as shares of the original's."""
         return {
             name: limit if unit == "x" else limit / self._original(name)
             for name, (limit, unit) in self.bounds.items()
-            if name != "drop"
+            if name in COST
         }
 
     def _original(self, name: str) -> float:
@@ -568,6 +569,8 @@ class Search:
             over.append(max(trial[name] / limit - 1, 0.0))
         if "drop" in self.bounds:
             over.append(max(trial["drop"] - self.bounds["drop"][0], 0.0) * 100)
+        if "memory" in self.bounds:  # it is measured and not predicted
+            over += [1.0 for goal in trial["goals"] if goal["name"] == "memory" and not goal["met"]]
         return (float(sum(map(bool, over))), sum(over), trial[self.wish.minimize])
 
     def _unreachable(self, limits: Mapping[str, float], error: solve.Unreachable) -> BadInput:
