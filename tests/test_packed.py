@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from whet import numerics, packed
 from whet.errors import BadInput, Damaged, Refused
 from whet.fit import Schedule, fit
-from whet.packed import Affine, Dense, Grouped, Lookup, Sparse
+from whet.packed import Affine, Dense, Grouped, Lookup, LowRank, Sparse
 
 BITS = (2, 4, 7, 8)
 SHAPES = {"linear": (6, 10), "conv": (6, 4, 3, 3)}
@@ -94,6 +94,9 @@ def build(kind, shape, bits=8, symmetric=True, axis=0):
         return lookup(Dense(weight), bits, width=2)
     if kind == "Lookup(Sparse(Dense)) of vectors":
         return lookup(Sparse(Dense(weight), mask_for(shape)), bits, width=2)
+    if kind == "LowRank":
+        rows = weight.numel() // 12  # not the outputs, so the product is laid out anew
+        return LowRank(torch.randn(rows, 2), torch.randn(2, 12), shape)
     if kind == "Dense":
         return Dense(weight)
     if kind == "Sparse(Dense)":
@@ -122,6 +125,7 @@ KINDS = (
     "Lookup(Sparse(Dense))",
     "Lookup(Dense) of vectors",
     "Lookup(Sparse(Dense)) of vectors",
+    "LowRank",
 )
 
 
@@ -176,7 +180,7 @@ def test_bits_of_each_form():
 def test_taking_slices_of_a_form_takes_those_of_its_weight(kind, dim, axis):
     form = build(kind, SHAPES["conv"], 4, axis=axis)
     index = torch.tensor([2, 0, 3])
-    if dim == 1 and ("Grouped" in kind or "vectors" in kind):
+    if kind == "LowRank" or (dim == 1 and ("Grouped" in kind or "vectors" in kind)):
         before = form.dense().clone()
         with pytest.raises(Refused, match="Put the step that cuts channels first"):
             form.take(dim, index)
@@ -361,7 +365,8 @@ def test_damaged_parts_are_told():
         packed.restore(spec, whole, shape)
     for wrong in ({"form": "Afine"}, spec | {"form": "Afine"}, {}):
         with pytest.raises(
-            Damaged, match=r"the form .* is none of Dense, Affine, Grouped, Lookup, Sparse. The"
+            Damaged,
+            match=r"the form .* is none of Dense, Affine, Grouped, Lookup, LowRank, Sparse. The",
         ):
             packed.restore(wrong, parts, shape)
 
@@ -515,3 +520,55 @@ def test_computing_a_weight_looks_at_no_number():
     for kind in KINDS:
         form = build(kind, SHAPES["linear"], 4).to("meta")
         assert form.dense().shape == SHAPES["linear"], kind
+
+
+def test_a_product_is_laid_out_as_the_weight_and_trains():
+    left, right = torch.randn(15, 2), torch.randn(2, 4)
+    form = LowRank(left, right, (6, 10))
+    identical(form.dense(), (left @ right).reshape(6, 10))
+    assert form.bits() == (15 + 4) * 2 * 32
+    assert form.words() == "rank 2 of 15x4"
+    weights = torch.randn(6, 10)
+    (form.dense() * weights).sum().backward()
+    torch.testing.assert_close(form.left.grad, weights.reshape(15, 4) @ right.T)
+    torch.testing.assert_close(form.right.grad, left.T @ weights.reshape(15, 4))
+
+
+def test_outputs_of_a_product_take_factors_one_after_the_other():
+    form, factors = build("LowRank", (6, 10)), torch.randn(2, 6)
+    once = form.scaled(factors[0])
+    assert once.bits() == form.bits() + 6 * 32
+    twice = once.scaled(factors[1])
+    want = form.dense() * factors[0][:, None] * factors[1][:, None]
+    torch.testing.assert_close(twice.dense(), want)
+    identical(rebuilt(twice).dense(), twice.dense())
+    state = {f"x.{name}": t for name, t in twice.state_dict().items()}
+    identical(packed.from_state(twice.spec(), state, "x.").dense(), twice.dense())
+
+
+def test_factors_that_do_not_make_the_weight_are_damage():
+    form = build("LowRank", (6, 10))
+    spec, parts = form.spec(), {name: t for name, (t, _) in packed.store(form).items()}
+    for wrong in (
+        {"left": parts["left"][:-1]},
+        {"left": parts["left"][:, :1]},
+        {"right": parts["right"][0]},
+        {"left": parts["left"][:, :, None]},
+    ):
+        with pytest.raises(Damaged, match="factors of .* make "):
+            packed.restore(spec, parts | wrong, [6, 10])
+    with pytest.raises(Damaged, match="factors of .* make "):
+        packed.restore(spec | {"shape": [10, 6]}, parts, [6, 10])
+    with pytest.raises(Damaged, match="factors stand for outputs of"):
+        packed.restore(spec, parts | {"gain": torch.ones(10)}, [6, 10])
+    size = 5000
+    bomb = {"left": torch.zeros(size, 1), "right": torch.zeros(1, size)}
+    with pytest.raises(Damaged, match="few numbers stand for a weight of 25000000"):
+        packed.restore({"form": "LowRank", "shape": [size, size]}, bomb, [size, size])
+
+
+def test_values_of_a_product_are_not_rewritten():
+    layer = nn.Linear(10, 6)
+    packed.install(layer, "weight", build("LowRank", (6, 10)))
+    with pytest.raises(Refused, match=r"a product of two factors. Put this step in front"):
+        packed.rewrite(layer, "weight", Dense)

@@ -9,7 +9,7 @@ from torch import nn
 from whet.errors import Damaged
 from whet.graph import placeable
 from whet.graph.attention import Attention
-from whet.graph.placeable import Concat, Shortcut, Sum, Transpose
+from whet.graph.placeable import Bias, Concat, Shortcut, Sum, Transpose
 
 IMAGE, ROW, WAVE = (2, 4, 6, 6), (2, 4), (2, 4, 6)
 PLACED = [
@@ -22,6 +22,7 @@ PLACED = [
     (nn.Identity(), IMAGE),
     (Shortcut(), IMAGE),
     (Transpose(), IMAGE),
+    (Bias(6), IMAGE),
     (nn.ReLU(), IMAGE),
     (nn.ReLU6(), IMAGE),
     (nn.SiLU(), IMAGE),
@@ -72,6 +73,9 @@ def test_sums_and_neighbours():
     assert torch.equal(Sum([one, two])(x), one(x) + two(x))
     assert torch.equal(Concat([one, two])(x), torch.cat([one(x), two(x)], 1))
     assert torch.equal(Transpose()(x), x.mT)
+    bias = Bias(6)
+    bias.bias.data.normal_()
+    assert torch.equal(bias(x), x + bias.bias)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +84,7 @@ def test_sums_and_neighbours():
         ({"type": "Relu"}, "it places a 'Relu'"),
         ({"type": "Linear", "in": 4, "out": 0, "bias": True}, "a Linear of"),
         ({"type": "BatchNorm2d", "num_features": -1}, "a BatchNorm2d of"),
+        ({"type": "Bias", "size": 0}, "a Bias of"),
         ({"type": "ReLU", "inplace": True}, "a ReLU of"),
         ({"type": "Embedding", "num_embeddings": 0, "embedding_dim": 3}, "a Embedding of"),
     ],

@@ -1,8 +1,8 @@
 """The modules that surgery may put in place: each is described as JSON and built again from it.
 
-Beside torch's layers there are four of our own, from which the rest is composed: what is left of a
-dropped block, branches that are summed, branches that are concatenated, and two dimensions that
-change places. A file that describes any other module is refused.
+Beside torch's layers there are five of our own, from which the rest is composed: what is left of a
+dropped block, branches that are summed, branches that are concatenated, two dimensions that change
+places, and a bias. A file that describes any other module is refused.
 """
 
 from __future__ import annotations
@@ -50,6 +50,17 @@ class Transpose(nn.Module):
         return x.transpose(-1, -2)
 
 
+class Bias(nn.Module):
+    """A number added to each of `size` values along the last dimension."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.bias = size, nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -73,9 +84,10 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Flatten: ("start_dim", "end_dim"),
     nn.Unflatten: ("dim", "unflattened_size"),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
+    Bias: ("size",),
 }
 KINDS = {kind.__name__: kind for kind in (nn.Linear, Attention, *COMPOSED, *ARGUMENTS)}
-TABLES = ("num_features", "num_embeddings")
+TABLES = ("num_features", "num_embeddings", "size")
 
 
 def plain(module: nn.Module) -> bool:
@@ -160,5 +172,5 @@ def elements(spec: Mapping[str, Any]) -> int:
     if "in" in spec:
         edges = math.prod(int(edge) for edge in spec.get("kernel_size", ()))
     across = int(spec.get("in", 0)) * int(spec.get("out", 0)) * edges
-    one = int(spec.get("out", 0)) + 4 * int(spec.get("num_features", 0))
+    one = int(spec.get("out", 0)) + 4 * int(spec.get("num_features", 0)) + int(spec.get("size", 0))
     return inside + across // int(spec.get("groups", 1)) + one

@@ -1,6 +1,16 @@
 """Compressed weights: the forms, how they stand on a module, and how they are stored."""
 
-from whet.packed.forms import QUANTIZED, Affine, Dense, Grouped, Lookup, Packed, Sparse, looked_up
+from whet.packed.forms import (
+    QUANTIZED,
+    Affine,
+    Dense,
+    Grouped,
+    Lookup,
+    LowRank,
+    Packed,
+    Sparse,
+    looked_up,
+)
 from whet.packed.installed import (
     bake,
     form_of,
@@ -18,6 +28,7 @@ __all__ = [
     "Dense",
     "Grouped",
     "Lookup",
+    "LowRank",
     "Packed",
     "Sparse",
     "bake",

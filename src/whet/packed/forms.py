@@ -7,7 +7,8 @@ meters read them and never ask which technique made them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -541,6 +542,82 @@ def looked_up(codes: Tensor, table: Tensor) -> Tensor:
     index = codes.long()[:, :, None].expand(-1, -1, table.shape[2])
     return table.gather(1, index)
 
+
+class LowRank(Packed):
+    """A leaf: a product of two thin factors, X [m', r] times W [r, n'], laid out as the weight.
+
+    Both factors train. Where m' is the number of outputs it is a weight of rank r, otherwise the
+    product is read row by row and cut anew (DeepThin). No form stands above it.
+
+    Args:
+        left: X.
+        right: W.
+        shape: the weight's, with m' n' values.
+        gain: a factor for each output, as of a BatchNorm that was folded; None for ones.
+    """
+
+    gain: Tensor | None
+
+    def __init__(
+        self, left: Tensor, right: Tensor, shape: Sequence[int], gain: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        # in plain memory order, as after loading
+        plain = torch.contiguous_format
+        self.left = nn.Parameter(left.detach().clone(memory_format=plain))
+        self.right = nn.Parameter(right.detach().clone(memory_format=plain))
+        self.shape = tuple(shape)
+        self.register_buffer("gain", gain)
+
+    def dense(self) -> Tensor:
+        value = (self.left @ self.right).reshape(self.shape)
+        return value if self.gain is None else value * numerics.along(self.gain, value.ndim, 0)
+
+    def take(self, dim: int, index: Tensor) -> None:
+        raise Refused("cut a weight", "it is the product of two factors", CUT_FIRST)
+
+    def scaled(self, factor: Tensor) -> Packed:
+        gain = factor if self.gain is None else self.gain * factor
+        return LowRank(self.left, self.right, self.shape, gain)
+
+    def spec(self) -> dict[str, Any]:
+        return {"form": "LowRank", "shape": list(self.shape)}
+
+    def support(self) -> Tensor | None:
+        return None
+
+    def payload(self, support: Tensor | None) -> dict[str, tuple[Tensor, int]]:
+        factors = {"left": self.left.detach(), "right": self.right.detach()}
+        factors |= {} if self.gain is None else {"gain": self.gain}
+        return {name: (each, each.element_size() * 8) for name, each in factors.items()}
+
+    @classmethod
+    def check(cls, spec: Mapping[str, Any], parts: Parts, shape: list[int]) -> None:
+        left, right, count = parts["left"], parts["right"], math.prod(shape)
+        fits = left.ndim == right.ndim == 2 and left.shape[1:] == right.shape[:1]
+        if not fits or spec["shape"] != shape or len(left) * right.shape[1] != count:
+            raise damaged(f"factors of {list(left.shape)} and {list(right.shape)} make {shape}")
+        if count > FREE_VALUES + MOST_TIMES * (left.numel() + right.numel()):
+            raise damaged(f"few numbers stand for a weight of {count}")
+        if "gain" in parts and list(parts["gain"].shape) != shape[:1]:
+            raise damaged(f"{list(parts['gain'].shape)} factors stand for outputs of {shape}")
+
+    @classmethod
+    def values(
+        cls, spec: Mapping[str, Any], parts: Parts, shape: list[int], mask: Tensor | None
+    ) -> Tensor:
+        return parts["left"].new_empty(0)  # the form holds its numbers itself
+
+    @classmethod
+    def built(cls, spec: Mapping[str, Any], parts: Parts, inner: Tensor | Packed) -> Packed:
+        return cls(parts["left"], parts["right"], spec["shape"], parts.get("gain"))
+
+    def words(self) -> str:
+        return f"rank {self.left.shape[1]} of {len(self.left)}x{self.right.shape[1]}"
+
+
+# a product may have so many values, and so many for each number of its factors
+FREE_VALUES, MOST_TIMES = 2**20, 2048
 
 QUANTIZED = frozenset({Affine, Grouped, Lookup})  # forms that replace every value by a code
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from whet.errors import BadInput
-from whet.packed.forms import Dense, Packed
+from whet.errors import BadInput, Refused
+from whet.packed.forms import Dense, LowRank, Packed
 
 
 def form_of(module: nn.Module, name: str = "weight") -> Packed | None:
@@ -50,8 +50,18 @@ def install(module: nn.Module, name: str, form: Packed) -> None:
 
 
 def rewrite(module: nn.Module, name: str, pack: Callable[[Tensor], Packed]) -> None:
-    """Replace the dense leaf of `module.name` by `pack(its value)`; the tree above it stays."""
+    """Replace the dense leaf of `module.name` by `pack(its value)`; the tree above it stays.
+
+    Raises:
+        Refused: the leaf is a product of factors.
+    """
     form = form_of(module, name)
+    if isinstance(form, LowRank):
+        raise Refused(
+            f"change the values of a {type(form).__name__} weight",
+            "they are those of a product of two factors",
+            "Put this step in front of the one that makes factors.",
+        )
     if form is None or isinstance(form, Dense):
         install(module, name, pack(getattr(module, name).detach()))
         return

@@ -8,11 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whet.packed.forms import Affine, Dense, Grouped, Lookup, Packed, Parts, Sparse, damaged
+from whet.packed.forms import (
+    Affine,
+    Dense,
+    Grouped,
+    Lookup,
+    LowRank,
+    Packed,
+    Parts,
+    Sparse,
+    damaged,
+)
 
 DEEPEST = 16
 FORMS: Mapping[str, type[Packed]] = {
-    form.__name__: form for form in (Dense, Affine, Grouped, Lookup, Sparse)
+    form.__name__: form for form in (Dense, Affine, Grouped, Lookup, LowRank, Sparse)
 }
 
 
@@ -56,7 +66,7 @@ def from_state(spec: Mapping[str, Any], state: Mapping[str, Tensor], prefix: str
     """Build the form that `spec` describes from a `state_dict`, latent values included."""
     levels = list(_levels(spec))
     leaf = f"{prefix}{'inner.' * (len(levels) - 1)}value"
-    form: Tensor | Packed = state[leaf]
+    form: Tensor | Packed = state[leaf] if levels[-1][0] is Dense else torch.empty(0)
     for depth, (kind, level) in reversed(list(enumerate(levels))):
         start = f"{prefix}{'inner.' * depth}"
         here = {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}
@@ -72,7 +82,7 @@ def _levels(spec: Mapping[str, Any]) -> Iterator[tuple[type[Packed], Mapping[str
         if kind is None:
             raise damaged(f"the form {spec.get('form')!r} is none of {', '.join(FORMS)}")
         yield kind, spec
-        if kind is Dense:
+        if kind in (Dense, LowRank):
             return
         spec = spec["inner"]
     raise damaged(f"a form is nested more than {DEEPEST} deep")

@@ -23,7 +23,7 @@ Scope = Literal["layer", "global", "isomorphic"]
 class ChannelTechnique(Technique):
     """A rung: one score for each unit of a coupled group in; the lowest are cut out everywhere."""
 
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {surgery.Grid}
+    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.LowRank, surgery.Grid}
     tiny: ClassVar[dict[str, Any]] = {"multiple_of": 2}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"amount": (0.25, 0.5, 0.75)}
 

@@ -36,10 +36,14 @@ def weights(
     only: tuple[str, ...] = (),
     kinds: tuple[type[nn.Module], ...] = MATMULS,
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear and convolutional layer, or layer of other kinds, with its path."""
+    """Every linear and convolutional layer, or layer of other kinds, with its path.
+
+    Those whose weight is a product of factors have no values of their own, and are left out.
+    """
     for path, module in model.named_modules():
         wanted = not only or skipped(path, only)
-        if isinstance(module, kinds) and wanted and not skipped(path, skip):
+        free = not isinstance(packed.form_of(module), packed.LowRank)
+        if isinstance(module, kinds) and wanted and free and not skipped(path, skip):
             yield path, module
 
 

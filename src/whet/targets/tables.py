@@ -2,6 +2,7 @@
 
     Lookup            Reshape(Gather(table, codes))
     Affine, Grouped   Reshape(Mul(Sub(codes, Z), S))
+    LowRank           Reshape(MatMul(left, right)), times a factor for each output if it has one
 
 Codes take the bits that they need. Where a runtime multiplies with the codes of a linear layer's
 grid, they take one of its widths if that pays; if not, they stand as bytes to unpack, which it does
@@ -62,7 +63,8 @@ def store(graph: OnnxGraph, forms: dict[str, packed.Packed], target: Target) -> 
             target.codes_pay(rows(graph, node), shape[1], shape[0]) for node in graph.readers(name)
         )
         how = Stored(target.widths if pays else ALL, pays or not kept)
-        values = looked_up(graph, name, form) or spaced(graph, name, form, how)
+        values = looked_up(graph, name, form) or multiplied(graph, name, form)
+        values = values or spaced(graph, name, form, how)
         if values is None:
             continue
         last = f"{name}/flat" if turned else name
@@ -101,6 +103,25 @@ def looked_up(graph: OnnxGraph, name: str, form: packed.Packed) -> str | None:
         graph.arrays[held] = table[:, :, 0]
         graph.add(helper.make_node("GatherElements", [held, index], [values], axis=1))
     return values
+
+
+def multiplied(graph: OnnxGraph, name: str, form: packed.Packed) -> str | None:
+    """Put the factors of a `LowRank` in, as `looked_up` does with a table."""
+    if not isinstance(form, packed.LowRank):
+        return None
+    left, right, values = f"{name}/left", f"{name}/right", f"{name}/values"
+    graph.arrays[left], graph.arrays[right] = (
+        form.left.detach().numpy(),
+        form.right.detach().numpy(),
+    )
+    graph.add(helper.make_node("MatMul", [left, right], [values]))
+    if form.gain is None:
+        return values
+    rows, gain, scaled = f"{name}/rows", f"{name}/gain", f"{name}/scaled"
+    _reshape(graph, values, rows, (form.shape[0], -1))
+    graph.arrays[gain] = form.gain[:, None].numpy()
+    graph.add(helper.make_node("Mul", [rows, gain], [scaled]))
+    return scaled
 
 
 def spaced(graph: OnnxGraph, name: str, form: packed.Packed, how: Stored) -> str | None:
