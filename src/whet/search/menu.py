@@ -96,6 +96,21 @@ def changed(base: Mapping[str, Counts], now: Mapping[str, Counts]) -> dict[str, 
     return gone | {path: each for path, each in now.items() if base.get(path) != each}
 
 
+@dataclass(frozen=True)
+class About:
+    """How to try.
+
+    Args:
+        targets: the runtimes in question.
+        seed: of everything random.
+        patience: seconds that the tries of one technique may take in all.
+    """
+
+    targets: list[Target]
+    seed: int
+    patience: float
+
+
 class Tries:
     """Tries of techniques on copies of one network, each kept by content.
 
@@ -104,21 +119,12 @@ class Tries:
         known: what it says to the inputs of the tries.
         rows: measured before.
         name: of network, inputs and seed: what rows hold for.
-        targets: the runtimes in question.
-        seed: of everything random.
+        about: how to try.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        known: Answers,
-        rows: Rows,
-        name: str,
-        targets: list[Target],
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, task: Task, known: Answers, rows: Rows, name: str, about: About) -> None:
         self.task, self.known, self.rows, self.name = task, known, rows, name
-        self.targets, self.seed = targets, seed
+        self.targets, self.seed, self.patience = about.targets, about.seed, about.patience
         self.base = counts(task.model, task.example)
 
     def __call__(self, technique: Technique) -> dict[str, Any]:
@@ -215,8 +221,12 @@ def _screened(
             if reason is None:
                 now = total({**tries.base, **said["layers"]})
                 saves = {"macs": now[1] < before[1], "bytes": now[2] < before[2]}
+                places = kind().places(tries.task.model, tries.task.example)
+                seconds = said["seconds"] * len(places) * len(_rungs(kind))
                 if not any(saves[cost] for cost in wanted):
                     reason = f"it saves no {' and no '.join(sorted(wanted))} here"
+                elif seconds > tries.patience:
+                    reason = f"its tries would take about {seconds / 60:.0f} minutes"
                 else:
                     stays[name] = kind, said, now
         if reason is not None:

@@ -42,7 +42,7 @@ from whet.rungs.sensitivity import answers
 from whet.runner import Result, Settings
 from whet.search import plan as plans
 from whet.search.costs import Costs, Profile
-from whet.search.menu import Menu, Offer, Tries, counts, draw, total
+from whet.search.menu import About, Menu, Offer, Tries, counts, draw, total
 from whet.search.plan import Plan
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
@@ -59,6 +59,8 @@ EXAMPLES = 256  # of each try
 PROFILES = 6  # random plans that are timed
 LONGER = 0.35  # a drop falls with the length of the recovery to this power, as a first guess
 SHARES = {"short": 0.08, "long": 0.25}  # of the time, for the recovery of one trial
+TRYING = 0.15  # of the time, that the tries of one technique may take
+PATIENCE = 600.0  # seconds that the tries of one technique may take, where no time is given
 STEPS = 8  # to learn what a training step costs
 RATES = (0.05, 0.01, 0.002)
 MARGIN = 0.99  # predicted costs keep this far within their limits
@@ -263,9 +265,10 @@ class Search:
     def _menu(self, wanted: set[str], targets: list[Target]) -> Menu:
         batches = self.task.statistics() or self.task.validation or []
         known = answers(self.task.model, list(limited(batches, EXAMPLES)), EXAMPLES)
-        tries = Tries(
-            self.task, known, self.rows, fingerprint(self.task.model), targets, self.settings.seed
-        )
+        patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
+        name = f"{fingerprint(self.task.model)} {self.settings.seed}"
+        about = About(targets, self.settings.seed, patience)
+        tries = Tries(self.task, known, self.rows, name, about)
         only = None if self.wish.techniques is None else list(self.wish.techniques)
         return draw(tries, wanted, self.settings.tell, only)
 
