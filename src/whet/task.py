@@ -72,6 +72,7 @@ class Task:
         metric: a Metric, or a function (outputs, labels) -> batch mean, higher is better.
         name: what reports call it.
         teachers: networks to learn from, called as the model is; default: the model itself.
+        siblings: networks of the model's structure, to be merged with it.
 
     What is absent switches off the techniques that need it.
     """
@@ -86,6 +87,7 @@ class Task:
     metric: Metric | Callable[[Any, Any], Any] = ACCURACY
     name: str = "task"
     teachers: tuple[nn.Module, ...] = ()
+    siblings: tuple[nn.Module, ...] = ()
 
     @property
     def measure(self) -> Metric:

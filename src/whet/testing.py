@@ -337,6 +337,15 @@ def batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batc
     return found
 
 
+@torch.no_grad()
+def shaken(model: nn.Module, seed: int) -> nn.Module:
+    """w (1 + e / 10), e ~ N(0, 1), of every weight, in place, as after another fine-tuning."""
+    chance = torch.Generator().manual_seed(seed)
+    for weight in model.parameters():
+        weight *= 1 + 0.1 * torch.randn(weight.shape, generator=chance)
+    return model
+
+
 def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = None) -> Task:
     """A task with a few batches of every split.
 
@@ -344,7 +353,9 @@ def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = Non
         network: a name in `NETWORKS`, or a network that gives `CLASSES` scores.
         example: the inputs of a network of your own; one 3x8x8 image by default.
     """
+    siblings: tuple[nn.Module, ...] = ()
     if isinstance(network, str):
+        siblings = (shaken(NETWORKS[network]()[0], seed=20),)
         network, example = NETWORKS[network]()
     example = example or _image()
     train, validation, test, calibration = (
@@ -357,5 +368,6 @@ def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = Non
         validation=validation,
         test=test,
         calibration=calibration,
+        siblings=siblings,
         name=type(network).__name__,
     )
