@@ -2,16 +2,23 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
-from whet.graph import surgery, trace
+from whet.graph import placeable, statistics, surgery, trace
+from whet.rungs.factors import Layer, truncate
+from whet.rungs.ranks import by_energy
 from whet.technique import Work
-from whet.techniques.factorize.svd import Svd, factor, factorable, rank_for, truncate
+from whet.techniques.factorize.svd import Svd
 from whet.testing import NETWORKS, tiny_task
+
+
+def factorable(module):
+    return placeable.plain(module) and not Svd().unfit(module)
 
 
 def spectrum(weight):
@@ -27,22 +34,6 @@ def test_the_squared_error_is_the_tail_of_the_spectrum(shape):
         assert (a.shape, b.shape) == ((shape[0], rank), (rank, shape[1]))
         error = float((a @ b - weight).square().sum())
         assert error == pytest.approx(float(sigma[rank:].square().sum()), abs=1e-9)
-
-
-@pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.95, 0.999, 1.0])
-def test_the_rank_is_the_smallest_that_keeps_the_energy(energy):
-    sigma = spectrum(torch.randn(20, 33)) * torch.logspace(0, -2, 20)
-    rank = rank_for(sigma, energy)
-    share = sigma.square().cumsum(0) / sigma.square().sum()
-    assert float(share[rank - 1]) >= energy - 1e-9
-    assert rank == 1 or float(share[rank - 2]) < energy
-
-
-def test_ranks_at_the_edges():
-    assert rank_for(torch.tensor([2.0, 0.0, 0.0]), 1.0) == 1
-    assert rank_for(torch.tensor([1.0, 1.0]), 0.5) == 1
-    assert rank_for(torch.tensor([1.0, 1.0]), 0.51) == 2
-    assert 1 <= rank_for(torch.zeros(3), 0.9) <= 3
 
 
 LAYERS = {
@@ -63,7 +54,7 @@ def test_a_layer_of_low_rank_is_recovered(layer, x):
     low = torch.randn(16, 3) @ torch.randn(3, 20)
     layer.weight.data = low.reshape(layer.weight.shape).to(layer.weight.dtype)
     assert factorable(layer)
-    pair = factor(layer, 3)
+    pair = Svd().factor(Layer(layer), [3])
     with torch.no_grad():
         torch.testing.assert_close(pair(x), layer(x), rtol=1e-4, atol=1e-4)
     assert sum(p.numel() for p in pair.parameters()) == 3 * 36 + 16 * (layer.bias is not None)
@@ -97,7 +88,7 @@ def test_a_layer_is_factored_exactly_where_it_saves(name, energy, saving):
     wanted = {}
     for path, module in old.items():
         m, n = module.weight.flatten(1).shape
-        rank = rank_for(spectrum(module.weight), energy)
+        rank = by_energy(spectrum(module.weight), energy)
         if rank * (m + n) <= (1 - saving) * m * n:
             wanted[path] = rank
     if not wanted:
@@ -107,9 +98,9 @@ def test_a_layer_is_factored_exactly_where_it_saves(name, energy, saving):
         new = model.get_submodule(path)
         assert isinstance(new, nn.Sequential) == (path in wanted), path
         if path not in wanted:
-            m, n = module.weight.flatten(1).shape
+            sides = "x".join(map(str, module.weight.shape))
             assert any(note.startswith(f"{path} stays: rank ") for note in work.notes)
-            assert any(f" of {m}x{n} saves too little." in note for note in work.notes)
+            assert any(f" of {sides} saves too little." in note for note in work.notes)
             continue
         product = new[1].weight.detach().flatten(1) @ new[0].weight.detach().flatten(1)
         error = float((product - module.weight.detach().flatten(1)).square().sum())
@@ -171,3 +162,125 @@ def test_absurd_knobs_are_refused(knobs):
     with pytest.raises(ValidationError):
         Svd(**knobs)
     assert math.isclose(Svd().energy, 0.95)
+
+
+def moments_of(d, seen=40):
+    """E[x x^T] of correlated inputs of very different sizes, singular where fewer are seen."""
+    x = torch.randn(seen, d, dtype=torch.float64) @ torch.randn(d, d, dtype=torch.float64)
+    x = x * torch.logspace(-2, 1, d, dtype=torch.float64)
+    return x.T @ x / seen, x
+
+
+@pytest.mark.parametrize("seen", [6, 200])
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+def test_whitened_outputs_are_never_further_off_and_their_error_is_the_tail(shape, seen):
+    W = torch.randn(shape, dtype=torch.float64)
+    C, x = moments_of(shape[1], seen)
+    values = (x @ W.T).square().sum() / seen  # E|W x|^2
+    sigma = torch.linalg.svdvals(x @ W.T / seen**0.5)
+    gains = []
+    for rank in range(1, min(shape) + 1):
+        off = []
+        for known in (C, None):
+            A, B = truncate(W, rank, known)
+            assert (A.shape, B.shape) == ((shape[0], rank), (rank, shape[1]))
+            off.append(float((x @ (A @ B - W).T).square().sum() / seen / values))
+        tail = float(sigma[rank:].square().sum() / values)
+        assert off[0] == pytest.approx(tail, abs=1e-5)
+        assert off[0] <= off[1] + 1e-9
+        gains.append(off[1] - off[0])
+    assert max(gains) > 0.01
+
+
+def output_error(task, model, path):
+    """E|W x - W' x|^2 on the calibration data."""
+    C = statistics.second_moments(task.model, task.calibration)[path][0]
+    first, second = (layer.weight.detach().flatten(1) for layer in model.get_submodule(path))
+    change = second @ first - task.model.get_submodule(path).weight.detach().flatten(1)
+    return float(((change @ C) * change).sum())
+
+
+@pytest.mark.parametrize("name", ["depthwise_cnn", "flatten_cnn", "transformer"])
+def test_in_a_network_whitening_lowers_what_outputs_lose(apply, name):
+    task = tiny_task(name)
+    plain, white = (
+        apply(task, Svd(rank="ratio", ratio=0.4, whiten=whiten)).model for whiten in (False, True)
+    )
+    paths = [p for p, m in task.model.named_modules() if factorable(m)]
+    paths = [p for p in paths if isinstance(plain.get_submodule(p), nn.Sequential)]
+    assert paths
+    gains = []
+    for path in paths:
+        shapes = [[w.shape for w in m.get_submodule(path).parameters()] for m in (plain, white)]
+        assert shapes[0] == shapes[1]
+        before, after = (output_error(task, model, path) for model in (plain, white))
+        assert after <= before * (1 + 1e-4) + 1e-7
+        gains.append(before - after)
+    assert max(gains) > 0
+
+
+def test_whitened_energy_is_that_of_the_outputs(apply):
+    task = tiny_task("flatten_cnn")
+    model = apply(task, Svd(energy=0.7, whiten=True)).model
+    C = statistics.second_moments(task.model, task.calibration)["7"][0]
+    W = task.model[7].weight.detach()
+    whole = float(((W @ C) * W).sum())
+    assert output_error(task, model, "7") <= 0.3 * whole * (1 + 1e-4)
+
+
+def test_a_layer_the_data_never_ran_stays(apply):
+    class Shy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.out = nn.Flatten(), nn.Linear(192, 4)
+            self.first, self.idle = nn.Linear(192, 192), nn.Linear(192, 192)
+
+        def forward(self, x):
+            x = self.flat(x)
+            return self.out(self.first(x) if len(x) == 2 else x)
+
+    task = tiny_task(Shy())
+    work = apply(task, Svd(energy=0.3))
+    assert "left alone, as the example never runs it: ['idle']." in work.notes
+    work = apply(task, Svd(energy=0.3, whiten=True))
+    assert "left alone, as the calibration data never ran it: ['first']." in work.notes
+    assert isinstance(work.model.idle, nn.Linear)
+
+
+def test_tied_weights_stay(apply):
+    task = tiny_task("flatten_cnn")
+    task.model[9] = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4))
+    task.model[9][1].weight = task.model[9][0].weight
+    work = apply(task, Svd(energy=0.3))
+    assert "left alone, as its weight stands elsewhere too: ['9.0', '9.1']." in work.notes
+
+
+def test_whitening_needs_data(refuses):
+    task = replace(tiny_task("flatten_cnn"), train=None, calibration=None)
+    refuses(task, Svd(whiten=True), "Svd(whiten=True): the task has no calibration or training")
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8])
+def test_by_ratio_the_rank_is_the_largest_within_it(apply, ratio):
+    task = tiny_task("transformer")
+    model = apply(task, Svd(rank="ratio", ratio=ratio)).model
+    for path, module in task.model.named_modules():
+        if factorable(module) and isinstance(model.get_submodule(path), nn.Sequential):
+            m, n = module.weight.shape
+            assert model.get_submodule(path)[0].out_features == max(1, int(ratio * m * n / (m + n)))
+
+
+def test_by_variational_bayes_the_planted_rank_is_found(apply, refuses):
+    task = tiny_task("flatten_cnn")
+    planted = 3 * torch.randn(32, 4) @ torch.randn(4, 64)
+    task.model[7].weight.data = planted + torch.randn(32, 64)
+    assert apply(task, Svd(rank="vbmf")).model[7][0].out_features == 4
+    refuses(task, Svd(rank="vbmf", only=("0",)), "Svd(rank=vbmf): none of 0 linear layers")
+    refuses(task, Svd(rank="ratio", saving=0.8), "Svd(ratio=0.5): none of 2 linear layers")
+
+
+def test_places_are_where_it_can_act():
+    task = tiny_task("depthwise_cnn")
+    places = Svd().places(task.model, task.example)
+    assert places == [n for n, m in task.model.named_modules() if factorable(m)]
+    assert Svd(skip=("6",)).places(task.model, task.example) == [p for p in places if p != "6"]

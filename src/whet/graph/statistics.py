@@ -239,9 +239,18 @@ def by_channel(x: Tensor, op: str) -> Tensor:
 
 
 def second_moments(
-    model: nn.Module, batches: Batches, examples: int | None = None
+    model: nn.Module,
+    batches: Batches,
+    examples: int | None = None,
+    wanted: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """E[x x^T] of what each filter of the convolutions and linear layers reads, by module path.
+
+    Args:
+        model: the network.
+        batches: the data.
+        examples: how many at most.
+        wanted: paths of the layers that are asked for; None for all.
 
     Returns:
         [groups, d, d] for each layer that ran, with d the number of weights of one filter.
@@ -249,6 +258,8 @@ def second_moments(
 
     def sums(path: str, op: str, x: Tensor) -> tuple[Tensor, int] | None:
         layer = model.get_submodule(path)
+        if wanted is not None and path not in wanted:
+            return None
         if op == "linear" and isinstance(layer, nn.Linear):
             rows = x.reshape(1, -1, x.shape[-1])
         elif op.startswith("conv") and isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -1,103 +1,68 @@
 """Svd: a linear layer or 1x1 convolution becomes two thin ones.
 
     W ~ U_r S_r V_r^T,   ||W - W_r||^2 = sum_{i>r} sigma_i^2     (Eckart and Young 1936)
+    whiten: W ~ U_r U_r^T W, U_r of W C^{1/2}, C = E[x x^T]
+            E|W x - W_r x|^2 = sum_{i>r} sigma_i(W C^{1/2})^2, the least of any rank-r matrix
 
-Papers: Denton et al. 2014 (convolutional networks), Xue et al. 2013 (fully connected layers).
+Papers: Denton et al. 2014 (convolutional networks), Xue et al. 2013 (fully connected layers),
+    Zhang et al. 2015 (outputs in place of weights), Nakajima et al. 2013 (rank by variational
+    Bayes).
 Helps when: layers are wide and their spectrum falls quickly (fully connected heads, embeddings'
-    projections), where bytes and MACs fall by the same share.
-Hurts when: layers are small: two calls cost more than one. It factors only where parameters are
-    saved, r < mn / (m + n).
-Needs: nothing. Costs: one SVD a layer.
+    projections), where bytes and MACs fall by the same share. `whiten` where inputs differ much
+    in size or go together.
+Hurts when: layers are small: two calls cost more than one. It factors only where parameters and
+    MACs are saved, r < mn / (m + n). vbmf takes what stands out of noise of one variance, which
+    `whiten` does not leave.
+Needs: nothing; calibration or training data with `whiten`. Costs: one SVD a layer, and a sweep
+    over the data with `whiten`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from collections.abc import Collection, Mapping
+from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet import packed
 from whet.errors import Refused
-from whet.graph import placeable, surgery
-from whet.graph.ledger import Grid
-from whet.rungs.layers import LayerTechnique, weights
-from whet.technique import Work
+from whet.graph import statistics
+from whet.rungs.factors import GROUPED, MatrixTechnique
+from whet.technique import Need, Work
 
 
-class Svd(LayerTechnique):
+class Svd(MatrixTechnique):
     """Factor every linear layer and 1x1 convolution where that saves at least `saving`."""
 
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
-    tiny: ClassVar[dict[str, Any]] = {"energy": 0.5}
-    ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"energy": (0.99, 0.95, 0.9, 0.8)}
+    acts_on: ClassVar[str] = "linear layers and 1x1 convolutions"
 
-    energy: Annotated[
-        float, Field(gt=0, le=1, description="share of the squared singular values that is kept")
-    ] = 0.95
-    saving: Annotated[
-        float, Field(ge=0, lt=1, description="least share of the parameters to save")
-    ] = 0.1
+    whiten: Annotated[
+        bool, Field(description="least error of the outputs on data, not of the weights")
+    ] = False
+    examples: Annotated[int, Field(ge=1, description="calibration examples, to whiten")] = 256
+
+    def unfit(self, module: nn.Module) -> str:
+        if isinstance(module, nn.Linear):
+            return ""
+        if module.groups > 1:  # type: ignore[operator]
+            return GROUPED
+        if set(module.kernel_size) != {1}:  # type: ignore[arg-type]
+            return "its kernel is larger than 1"
+        padded = module.padding not in ("valid", "same") and set(module.padding) != {0}  # type: ignore
+        return "it pads" if padded else ""
 
     def apply(self, work: Work) -> None:
-        chosen = weights(work.model, self.skip, self.only)
-        layers = [(p, m) for p, m in chosen if factorable(m)]
-        factored = 0
-        for done, (path, module) in enumerate(layers):
-            weight = module.weight.detach().flatten(1)  # type: ignore[operator]
-            rank = rank_for(torch.linalg.svdvals(weight), self.energy)
-            m, n = weight.shape
-            if rank * (m + n) <= (1 - self.saving) * m * n:
-                surgery.replace(work.model, path, factor(module, rank))
-                factored += 1
-            else:
-                work.notes.append(f"{path} stays: rank {rank} of {m}x{n} saves too little.")
-            work.tell(done + 1, len(layers))
-        if not factored:
+        if self.whiten and work.task.statistics() is None:
             raise Refused(
-                f"Svd(energy={self.energy})",
-                f"none of {len(layers)} linear layers and 1x1 convolutions would get smaller",
-                "Lower energy, or leave Svd out for this network.",
+                "Svd(whiten=True)",
+                f"the task has no {Need.STATISTICS.value}",
+                "Add them to the task, or set whiten to False.",
             )
-        work.notes.append(f"factored {factored} layers.")
+        super().apply(work)
 
-
-def rank_for(sigma: Tensor, energy: float) -> int:
-    """The smallest r with sum_{i<=r} sigma_i^2 >= energy * sum sigma_i^2."""
-    share = sigma.double().square().cumsum(0) / sigma.double().square().sum().clamp_min(1e-300)
-    return min(int((share < energy - 1e-12).sum()) + 1, len(sigma))
-
-
-def truncate(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [m, r] and B [r, n] with A B the nearest matrix of rank r to W [m, n]."""
-    u, sigma, vt = torch.linalg.svd(weight, full_matrices=False)
-    root = sigma[:rank].sqrt()
-    return u[:, :rank] * root, root[:, None] * vt[:rank]
-
-
-def factorable(module: nn.Module) -> bool:
-    """A linear layer or an ungrouped convolution of kernel 1 without padding."""
-    if not placeable.plain(module) or isinstance(module, nn.Linear):
-        return placeable.plain(module)
-    return (
-        isinstance(module, placeable.CONVOLUTIONS)
-        and module.groups == 1
-        and set(module.kernel_size) == {1}
-        and (module.padding == "valid" or set(module.padding) == {0})
-    )
-
-
-@torch.no_grad()
-def factor(module: nn.Module, rank: int) -> nn.Sequential:
-    """The two layers that compute `module` at rank `rank`; a stride goes to the first."""
-    spec = placeable.describe(module)
-    first = placeable.construct(spec | {"out": rank, "bias": False}).to(module.weight)  # type: ignore
-    once = {"stride": [1] * len(spec["stride"])} if "stride" in spec else {}
-    second = placeable.construct(spec | once | {"in": rank}).to(module.weight)  # type: ignore
-    a, b = truncate(module.weight.detach().flatten(1), rank)  # type: ignore[operator]
-    first.weight.copy_(b.reshape(first.weight.shape))  # type: ignore[operator, union-attr]
-    second.weight.copy_(a.reshape(second.weight.shape))  # type: ignore[operator, union-attr]
-    if module.bias is not None:
-        second.bias.copy_(module.bias)  # type: ignore[operator, union-attr, arg-type]
-    return nn.Sequential(first, second)
+    def read(self, work: Work, paths: Collection[str]) -> Mapping[str, Tensor] | None:
+        batches = work.task.statistics()
+        if not self.whiten or batches is None:
+            return None
+        found = statistics.second_moments(work.model, batches, self.examples, paths)
+        return {path: moments[0] for path, moments in found.items()}
