@@ -159,13 +159,13 @@ def others(technique: Technique) -> Iterator[Technique]:
             yield sample(broadest(names))
 
 
-def check_composition(technique: Technique, network: str = "residual_cnn") -> int:
+def check_composition(technique: Technique) -> int:
     """Apply `technique` after and before one of every other family; promises must hold.
 
     Returns:
         How many orders were carried out; the others were refused by the recipe.
     """
-    task, done = testing.tiny_task(network), 0
+    task, done = testing.tiny_task(technique.shows), 0
     for other in others(technique):
         for first, second in ((other, technique), (technique, other)):
             try:

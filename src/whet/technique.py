@@ -78,6 +78,7 @@ class Technique(BaseModel):
         spoils: forms it would break, so it must come before the step that makes them.
         tiny: knobs that suit the tiny networks of the conformance kit.
         ladder: for a probe, values of its knobs from mild to strong.
+        shows: a network of the conformance kit that it applies to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -88,6 +89,7 @@ class Technique(BaseModel):
     spoils: ClassVar[frozenset[type]] = frozenset()
     tiny: ClassVar[dict[str, Any]] = {}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    shows: ClassVar[str] = "residual_cnn"
 
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
         """Where it can act alone, as its knob `only` takes it: nowhere, by default."""

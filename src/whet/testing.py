@@ -208,6 +208,53 @@ def concat_cnn() -> Network:
     ), _image()
 
 
+class _Reparameterized(nn.Module):
+    """A sum of branches with BatchNorms, as RepVGG trains it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(_conv(channels, channels), nn.BatchNorm2d(channels))
+        self.narrow = nn.Sequential(_conv(channels, channels, 1), nn.BatchNorm2d(channels))
+        self.same = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.wide(x) + self.narrow(x) + self.same(x))
+
+
+class _Beside(nn.Module):
+    """Convolutions of one kernel side by side on one input, concatenated."""
+
+    def __init__(self, inputs: int, each: int) -> None:
+        super().__init__()
+        self.left = nn.Sequential(*_step(inputs, each))
+        self.right = nn.Sequential(*_step(inputs, each))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.left(x), self.right(x)], 1)
+
+
+def linear_cnn() -> Network:
+    """Linear maps in a row, in front of each other, summed and side by side: work for fusion."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 16),
+            nn.Conv2d(16, 24, 1),
+            nn.Conv2d(24, 16, 3),
+            nn.ReLU(),
+            _Reparameterized(16),
+            _Beside(16, 8),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(16),
+            nn.Conv2d(16, 32, 1),
+            nn.ReLU(),
+            *_head(32)[:2],
+            nn.Linear(32, 32),
+            nn.Linear(32, CLASSES),
+        ),
+        seed=10,
+    ), _image()
+
+
 def flatten_cnn() -> Network:
     """Convolutions with biases whose map is flattened into linear layers, as in LeNet."""
     return _seeded(
@@ -304,6 +351,7 @@ NETWORKS: Mapping[str, Callable[[], Network]] = {
         depthwise_cnn,
         grouped_cnn,
         concat_cnn,
+        linear_cnn,
         flatten_cnn,
         rnn,
         transformer,

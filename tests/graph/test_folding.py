@@ -10,9 +10,11 @@ from torch import nn
 from whet import packed
 from whet.graph import folding, surgery
 from whet.graph.ledger import ledger
+from whet.techniques.quantize.roundtonearest import RoundToNearest
 from whet.testing import NETWORKS, scramble
 
 IMAGE = (torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)),)
+FOUR = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 NORMED = ("plain_cnn", "residual_cnn", "padded_residual_cnn", "depthwise_cnn", "grouped_cnn")
 
 
@@ -60,6 +62,8 @@ KINDS = {
     "mirror": (nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d(6), IMAGE[0]),
     "grouped": (nn.Conv2d(3, 6, 3, groups=3, bias=False), nn.BatchNorm2d(6), IMAGE[0]),
     "conv3d": (nn.Conv3d(3, 6, 2), nn.BatchNorm3d(6), torch.randn(2, 3, 3, 3, 3)),
+    "transposed": (nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.BatchNorm2d(6), FOUR),
+    "transposed 1d": (nn.ConvTranspose1d(4, 6, 3, bias=False), nn.BatchNorm1d(6), FOUR[..., 0]),
     "linear": (nn.Linear(5, 6), nn.BatchNorm1d(6), torch.randn(4, 5)),
     "no affine": (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, affine=False), IMAGE[0]),
     "large eps": (nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps=0.1), IMAGE[0]),
@@ -214,3 +218,68 @@ def test_folding_draws_no_random_numbers():
     folded, _ = folding.fold_all(model, example)
     assert folded
     assert torch.equal(torch.get_rng_state(), before)
+
+
+AHEAD = {
+    "linear": (nn.BatchNorm1d(4), nn.Linear(4, 3), FOUR[:, :, 0, 0]),
+    "no bias": (nn.BatchNorm1d(4), nn.Linear(4, 3, bias=False), FOUR[:, :, 0, 0]),
+    "conv1d": (nn.BatchNorm1d(4), nn.Conv1d(4, 3, 3), FOUR[:, :, 0]),
+    "conv2d": (nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, stride=2, bias=False), FOUR),
+    "valid": (nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, padding="valid"), FOUR),
+    "groups": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2), FOUR),
+    "no affine": (nn.BatchNorm2d(4, affine=False), nn.Conv2d(4, 6, 1), FOUR),
+    "norm": (nn.BatchNorm2d(4), nn.BatchNorm2d(4, eps=0.1), FOUR),
+}
+
+
+@pytest.mark.parametrize(("norm", "reader", "x"), AHEAD.values(), ids=AHEAD.keys())
+def test_a_norm_in_front_folds(norm, reader, x):
+    model = prepared(copy.deepcopy(nn.Sequential(norm, nn.Dropout(), reader, nn.ReLU())))
+    fresh, expected = copy.deepcopy(model), output(model, (x,))
+    assert folding.fold_ahead(model, (x,)) == ([("0", "2")], {})
+    torch.testing.assert_close(output(model, (x,)), expected, rtol=1e-5, atol=1e-5)
+    assert isinstance(model[0], nn.Identity)
+    surgery.replay(fresh, surgery.structure(model))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(output(fresh, (x,)), output(model, (x,)))
+
+
+def test_padding_takes_a_norm_without_a_shift_only():
+    model = prepared(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, padding=1)))
+    why = {"0": "1 behind it pads with zeros, which the shift would change"}
+    assert folding.fold_ahead(model, (FOUR,)) == ([], why)
+    model[0].running_mean.zero_()
+    model[0].bias.data.zero_()
+    expected = output(model, (FOUR,))
+    assert folding.fold_ahead(model, (FOUR,)) == ([("0", "1")], {})
+    torch.testing.assert_close(output(model, (FOUR,)), expected, rtol=1e-5, atol=1e-5)
+
+
+STAYS = {
+    "relu": (nn.ReLU(), "is no linear map"),
+    "transposed": (nn.ConvTranspose2d(4, 4, 1), "is no linear map"),
+    "linear": (nn.Linear(8, 3), "reads another dimension"),
+    "batch": (nn.BatchNorm2d(4, track_running_stats=False), "takes the statistics of each batch"),
+}
+
+
+@pytest.mark.parametrize(("reader", "reason"), STAYS.values(), ids=STAYS.keys())
+def test_other_readers_leave_it(reader, reason):
+    model = prepared(nn.Sequential(nn.BatchNorm2d(4), reader))
+    assert folding.fold_ahead(model, (FOUR,)) == ([], {"0": f"1 behind it {reason}"})
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_masks_take_the_scale_and_grids_do_not(grid):
+    model = prepared(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3)))
+    mask = torch.rand(6, 4, 3, 3) < 0.5
+    step = lambda w: packed.Sparse(packed.Dense(w), mask)  # noqa: E731
+    if grid:
+        step = RoundToNearest().pack
+    packed.rewrite(model[1], "weight", step)
+    expected = output(model, (FOUR,))
+    pairs, left = folding.fold_ahead(model, (FOUR,))
+    assert (len(pairs), len(left)) == ((0, 1) if grid else (1, 0))
+    torch.testing.assert_close(output(model, (FOUR,)), expected, rtol=1e-5, atol=1e-5)
+    if not grid:
+        assert torch.equal(model[1].weight != 0, mask)

@@ -12,7 +12,7 @@ from whet.techniques.fuse.foldbatchnorm import FoldBatchNorm
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.quantize.kmeansshare import KMeansShare
 from whet.techniques.quantize.roundtonearest import RoundToNearest
-from whet.testing import tiny_task
+from whet.testing import scramble, tiny_task
 
 NORMED = (
     "plain_cnn",
@@ -48,6 +48,23 @@ def test_the_folded_layers_have_a_bias_and_train(apply):
     work = apply(tiny_task("plain_cnn"), FoldBatchNorm())
     convs = [m for m in work.model.modules() if isinstance(m, nn.Conv2d)]
     assert all(c.bias is not None and c.weight.requires_grad for c in convs)
+
+
+def test_norms_behind_and_in_front_of_layers_go_in_any_order(apply):
+    norms = [nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(6), nn.BatchNorm2d(6)]
+    rest = [nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    layers = [*norms[:2], nn.Conv2d(3, 6, 3), *norms[2:], nn.ReLU(), *rest]
+    for norm in [*norms, rest[0]]:
+        scramble(norm)
+    task = tiny_task(nn.Sequential(*layers).eval())
+    work = apply(task, FoldBatchNorm())
+    torch.testing.assert_close(
+        outputs(work.model, task), outputs(task.model, task), rtol=1e-5, atol=1e-5
+    )
+    assert [type(m) for m in work.model].count(nn.BatchNorm2d) == 1
+    why = "its input does not come from a convolution or linear layer"
+    also = "7 behind it pads with zeros, which the shift would change"
+    assert work.notes == [f"6 stays: {why}, and {also}.", "folded 4 BatchNorms."]
 
 
 @pytest.mark.parametrize("name", ["flatten_cnn", "rnn", "transformer"])

@@ -280,7 +280,12 @@ def fold_batchnorm(model: nn.Module, conv_path: str, norm_path: str) -> None:
     beta = norm.bias if norm.bias is not None else torch.zeros_like(root)
     bias = conv.bias if conv.bias is not None else torch.zeros_like(root)
     factor = gamma * root
-    weight = conv.weight * factor.reshape([-1] + [1] * (conv.weight.ndim - 1))
+    if isinstance(conv, TRANSPOSED):  # [in, out / groups, ...]
+        each = factor.reshape(conv.groups, 1, -1).expand(-1, len(conv.weight) // conv.groups, -1)
+        along = each.reshape(*conv.weight.shape[:2], *[1] * (conv.weight.ndim - 2))
+    else:
+        along = factor.reshape([-1] + [1] * (conv.weight.ndim - 1))
+    weight = conv.weight * along
     with torch.random.fork_rng(devices=[]):  # a new layer draws weights, which are not kept
         twin: Any = placeable.construct(placeable.describe(conv) | {"bias": True}).to(conv.weight)
     twin.weight.copy_(weight)
