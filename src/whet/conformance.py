@@ -211,3 +211,5 @@ def _absurd(facts: dict[str, Any]) -> Iterator[Any]:
             yield each["exclusiveMaximum"]
         if "enum" in each or each.get("type") in ("number", "integer", "boolean"):
             yield "no such thing"
+        if "enum" in each.get("items", {}):
+            yield ["no such thing"]

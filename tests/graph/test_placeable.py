@@ -9,7 +9,7 @@ from torch import nn
 from whet.errors import Damaged
 from whet.graph import placeable
 from whet.graph.attention import Attention
-from whet.graph.placeable import Bias, Concat, Shortcut, Sum, Transpose
+from whet.graph.placeable import Bias, Concat, Reorder, Shortcut, Sum, Transpose
 
 IMAGE, ROW, WAVE = (2, 4, 6, 6), (2, 4), (2, 4, 6)
 PLACED = [
@@ -23,6 +23,7 @@ PLACED = [
     (Shortcut(), IMAGE),
     (Transpose(), IMAGE),
     (Bias(6), IMAGE),
+    (Reorder([2, 0, 3, 1]), IMAGE),
     (nn.ReLU(), IMAGE),
     (nn.ReLU6(), IMAGE),
     (nn.SiLU(), IMAGE),
@@ -76,6 +77,9 @@ def test_sums_and_neighbours():
     bias = Bias(6)
     bias.bias.data.normal_()
     assert torch.equal(bias(x), x + bias.bias)
+    assert torch.equal(Reorder([2, 0, 3, 1])(x), x[:, [2, 0, 3, 1]])
+    with pytest.raises(ValueError, match="an order names every channel once"):
+        Reorder([0, 0, 1])
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """The modules that surgery may put in place: each is described as JSON and built again from it.
 
-Beside torch's layers there are five of our own, from which the rest is composed: what is left of a
-dropped block, branches that are summed, branches that are concatenated, two dimensions that change
-places, and a bias. A file that describes any other module is refused.
+Beside torch's layers there are six of our own, from which the rest is composed: what is left of a
+dropped block, branches that are summed, branches that are concatenated, channels in another order,
+two dimensions that change places, and a bias. A file that describes any other module is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,27 @@ class Concat(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([child(x) for child in self], 1)
+
+
+class Reorder(nn.Module):
+    """The channels, dimension 1, in another order.
+
+    Args:
+        order: which channel of the input stands at each place.
+    """
+
+    index: Tensor
+
+    def __init__(self, order: Iterable[int]) -> None:
+        super().__init__()
+        self.order = tuple(order)
+        if sorted(self.order) != list(range(len(self.order))):
+            raise ValueError("an order names every channel once")
+        # not persistent: the description of the module holds the order
+        self.register_buffer("index", torch.tensor(self.order), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.index_select(1, self.index)
 
 
 class Transpose(nn.Module):
@@ -77,6 +98,7 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys((nn.Hardswish, nn.Hardsigmoid), ()),
     nn.GELU: ("approximate",),
     nn.LeakyReLU: ("negative_slope",),
+    Reorder: ("order",),
     nn.AvgPool2d: (*WINDOW, "ceil_mode", "count_include_pad"),
     nn.MaxPool2d: (*WINDOW, "dilation", "ceil_mode"),
     nn.AdaptiveAvgPool2d: ("output_size",),

@@ -1,6 +1,7 @@
 """Compressed weights: the forms, how they stand on a module, and how they are stored."""
 
 from whet.packed.forms import (
+    COMPRESSED,
     QUANTIZED,
     Affine,
     Dense,
@@ -23,6 +24,7 @@ from whet.packed.installed import (
 from whet.packed.stored import from_state, restore, store
 
 __all__ = [
+    "COMPRESSED",
     "QUANTIZED",
     "Affine",
     "Dense",

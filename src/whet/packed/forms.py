@@ -670,3 +670,6 @@ class Sparse(Packed):
     def words(self) -> str:
         density = float(self.mask.float().mean()) if self.mask.numel() else 1.0
         return f"{density:.0%} dense, {self.inner.words()}"
+
+
+COMPRESSED = QUANTIZED | {Sparse, LowRank}  # what another weight in its place would lose

@@ -63,7 +63,7 @@ class FactorTechnique(LayerTechnique):
         acts_on: the layers that it is for, in words.
     """
 
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
+    spoils: ClassVar[frozenset[type]] = packed.COMPRESSED | {Grid}
     tiny: ClassVar[dict[str, Any]] = {"energy": 0.5}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"energy": (0.99, 0.95, 0.9, 0.8)}
     acts_on: ClassVar[str]

@@ -41,7 +41,7 @@ class Fusion:
 class FusionTechnique(Technique):
     """A rung: fusions in; each is placed if the network then computes what it did."""
 
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
+    spoils: ClassVar[frozenset[type]] = packed.COMPRESSED | {Grid}
 
     skip: Skip = ()
     only: Only = ()

@@ -41,7 +41,7 @@ class DeepThin(LayerTechnique):
     """Factor the weight of every linear and convolutional layer where that saves."""
 
     makes: ClassVar[frozenset[type]] = frozenset({packed.LowRank})
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
+    spoils: ClassVar[frozenset[type]] = packed.COMPRESSED | {Grid}
     tiny: ClassVar[dict[str, Any]] = {"share": 0.5}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"share": (0.5, 0.25, 0.1, 0.05)}
 

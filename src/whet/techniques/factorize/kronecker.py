@@ -69,7 +69,7 @@ class Kronecker(LayerTechnique):
     """Factor every linear layer where that saves at least `saving` of its parameters."""
 
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
+    spoils: ClassVar[frozenset[type]] = packed.COMPRESSED | {Grid}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"saving": (0.5, 0.75, 0.9, 0.95)}
 
     saving: Annotated[

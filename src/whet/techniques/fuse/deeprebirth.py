@@ -59,7 +59,7 @@ class DeepRebirth(Technique):
     """Replace every convolution with pools behind it by one with their stride, and refit it."""
 
     needs: ClassVar[frozenset[Need]] = frozenset({Need.STATISTICS})
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
+    spoils: ClassVar[frozenset[type]] = packed.COMPRESSED | {Grid}
     shows: ClassVar[str] = "plain_cnn"
     tiny: ClassVar[dict[str, Any]] = {"most": 0.9, "kernel": "own"}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"most": (0.05, 0.1, 0.2, 0.4)}

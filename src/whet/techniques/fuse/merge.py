@@ -47,7 +47,7 @@ USUAL = {"arithmetic": 0.4, "ties": 1.0}  # lambda of Yadav et al. where no vali
 class Merge(Technique):
     """Merge `Task.siblings` into the network."""
 
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.Sparse, Grid}
+    spoils: ClassVar[frozenset[type]] = packed.COMPRESSED | {Grid}
 
     method: Literal["average", "slerp", "arithmetic", "ties"] = "average"
     weights: Annotated[

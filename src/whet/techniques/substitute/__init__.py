@@ -1,0 +1,1 @@
+"""Trained layers give way to cheaper ones that compute nearly the same."""
