@@ -133,9 +133,10 @@ def test_what_cannot_be_reached_is_said_with_the_nearest():
     ("options", "found"),
     [
         ({"minimize": "time"}, "it is no cost"),
+        ({"minimize": "size"}, "no limit holds the metric"),
         ({"time": "soon"}, "no time I can read"),
-        ({"techniques": ["L1Filter"]}, "Did you mean L1Filters"),
-        ({"finishes": ["int9"]}, "Did you mean int8"),
+        ({"drop": "1pp", "techniques": ["L1Filter"]}, "Did you mean L1Filters"),
+        ({"drop": "1pp", "finishes": ["int9"]}, "Did you mean int8"),
         ({"drop": "much"}, "no limit I can read"),
     ],
 )
@@ -170,3 +171,15 @@ def test_goals_search_and_none_do_not(monkeypatch):
     whet.compress(task, rounds=5)
     whet.compress(dataclasses.replace(task, validation=None), size="0.5x")
     assert [name for name, _ in called] == ["search", "apply", "apply"]
+
+
+def test_as_little_as_a_drop_allows():
+    result = run.search(tiny_task("residual_cnn"), drop="15pp", minimize="macs", **SMALL)
+    said = result.readings["search"]
+    kept = [t for t in said["trials"] if t["drop"] <= 0.15 + 1e-9]
+    [taken] = [t for t in said["trials"] if t["taken"]]
+    assert taken["macs"] == min(t["macs"] for t in kept)
+    assert taken["drop"] <= 0.15 + 1e-9
+    for trial in said["trials"]:
+        if trial["predicted"]:
+            assert trial["predicted"]["macs"] == pytest.approx(trial["macs"], rel=0.2)

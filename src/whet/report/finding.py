@@ -90,7 +90,10 @@ def _predicted(found: Search) -> list[str]:
 
 
 def _refused(found: Search) -> list[str]:
-    return [f"{name}: {why}." for name, why in found["techniques"].items() if why != "taken"]
+    names: dict[str, list[str]] = {}
+    for name, why in found["techniques"].items():
+        names.setdefault(why, []).append(name)
+    return [f"{', '.join(each)}: {why}." for why, each in names.items() if why != "taken"]
 
 
 def section(found: Search) -> str:

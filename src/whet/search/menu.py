@@ -275,7 +275,7 @@ def _unfit(kind: type[Technique], tries: Tries, wanted: set[str]) -> str | None:
     model, example = tries.task.model, tries.task.example
     if not kind.ladder or "only" not in kind.model_fields:
         return "it acts on the whole network; a recipe can name it"
-    if kind.model_fields.get("epochs") is not None:
+    if "epochs" in kind.model_fields and kind.model_fields["epochs"].default > 0:
         return "it trains, which a try cannot afford"
     if kind.wants:
         return f"it works on {' and '.join(sorted(f.__name__ for f in kind.wants))} forms"

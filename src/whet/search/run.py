@@ -63,6 +63,8 @@ TRYING = 0.15  # of the time, that the tries of one technique may take
 PATIENCE = 600.0  # seconds that the tries of one technique may take, where no time is given
 STEPS = 8  # to learn what a training step costs
 RATES = (0.05, 0.01, 0.002)
+FIRST_RATE = 0.25  # drop over deviation, before any trial was made
+SOLVES = 10  # to find the plan of a deviation
 MARGIN = 0.99  # predicted costs keep this far within their limits
 
 
@@ -148,6 +150,12 @@ def search(
     if wish.minimize not in ("latency", "size", "macs", "drop"):
         raise BadInput(
             f"minimize {wish.minimize!r}", "it is no cost", "Choose latency, size, macs or drop."
+        )
+    if wish.minimize != "drop" and settings.goals.drop is None:
+        raise BadInput(
+            f"make the {wish.minimize} as small as possible",
+            "no limit holds the metric, so the smallest network would be taken",
+            "Give a limit on the drop: drop 1pp.",
         )
     for name in wish.techniques or ():
         catalog.technique(name)
@@ -462,41 +470,73 @@ class Search:
         if name == "drop":
             self._toward(menu, costs, limits, how)
             return
-        low = plans.least(menu, costs, name)
-        high = costs.predict(())[name]
+        low, high = plans.least(menu, costs, name), costs.predict(())[name]
         passing: list[tuple[float, Plan]] = []
-        for kind, turns in (("short", self.wish.trials), ("long", self.wish.finals)):
-            if kind == "long" and passing and self.task.train is not None:
-                low, high = passing[-1][0], max(high, passing[-1][0])
-            elif kind == "long" and self.task.train is None:
-                break
-            for turn in range(turns):
-                first = kind == "long" and turn == 0 and passing
-                share = passing[-1][0] if first else math.sqrt(max(low, 1e-6) * high)
-                try:
-                    plan = plans.choose(menu, costs, limits | {name: share})
-                except solve.Unreachable as error:
-                    self._said_unreachable(limits, error)
-                    low = share
-                    continue
-                if not plan.offers:
-                    high = min(high, share)
-                    continue
-                trial = self._trial(plan, *how, self._epochs(plan, kind), final=kind == "long")
-                if trial is None:
-                    low = share
-                    continue
-                self._learn(costs, trial)
-                if self._bearable(trial):
-                    passing.append((share, plan))
-                    passing.sort(key=lambda each: -each[0])
-                    high = min(high, share)
+        kinds = ["short"] * self.wish.trials
+        kinds += ["long"] * (self.wish.finals if self.task.train is not None else 0)
+        for turn, kind in enumerate(kinds):
+            first = kind == "long" and kinds[turn - 1] == "short"
+            try:
+                if first and passing:
+                    share, plan = passing[-1]  # the strongest that a long recovery should save
                 else:
-                    passing = [each for each in passing if each[0] > share]
-                    low = max(low, share)
-            if kind == "short":
-                top = costs.predict(())[name]
-                low, high = plans.least(menu, costs, name), top
+                    share, plan = self._guess(menu, costs, limits, (low, high), kind)
+            except solve.Unreachable as error:
+                raise self._unreachable(limits, error) from error
+            if not plan.offers:
+                self.notes.append("nothing that a plan could change is predicted to be bearable.")
+                return
+            trial = self._trial(plan, *how, self._epochs(plan, kind), final=kind == "long")
+            if trial is not None:
+                self._learn(costs, trial)
+            if trial is not None and self._bearable(trial):
+                passing = sorted([*passing, (share, plan)], key=lambda each: -each[0])
+                high = min(high, share)
+            else:
+                passing = [each for each in passing if each[0] > share]
+                low = max(low, share)
+
+    def _guess(
+        self,
+        menu: Menu,
+        costs: Costs,
+        limits: Mapping[str, float],
+        ends: tuple[float, float],
+        kind: str,
+    ) -> tuple[float, Plan]:
+        """The strongest plan whose drop should be bearable: its share of the cost, and itself.
+
+        The drop is taken to be as many times the deviation as in the trials so far.
+        """
+        cut = [t for t in self.trials if t["offers"] and t["drop"] > 0]
+        rates = sorted(self._after(t, kind) / t["deviation"] for t in cut)
+        rate = rates[len(rates) // 2] if rates else FIRST_RATE
+        room = self.bounds["drop"][0] / rate
+        if kind == "short" and self.task.train is not None:
+            room *= (SHARES["long"] / SHARES["short"]) ** LONGER
+        low, high = ends
+        best = (high, plans.choose(menu, costs, dict(limits)))
+        for _ in range(SOLVES):
+            share = math.sqrt(max(low, 1e-6) * high)
+            try:
+                plan = plans.choose(menu, costs, dict(limits) | {self.wish.minimize: share})
+            except solve.Unreachable:
+                low = share
+                continue
+            if plan.deviation <= room:
+                high, best = share, (share, plan)
+            else:
+                low = share
+                if not best[1].offers:
+                    best = share, plan  # the mildest so far, should none be bearable
+        return best
+
+    def _after(self, trial: Mapping[str, Any], kind: str) -> float:
+        """The drop of a trial, had it been recovered for as long as those of `kind`."""
+        if self.task.train is None or trial["final"] == (kind == "long"):
+            return trial["drop"]
+        times = SHARES["long"] / SHARES["short"]
+        return trial["drop"] * (times**LONGER if trial["final"] else times**-LONGER)
 
     def _toward(
         self, menu: Menu, costs: Costs, limits: Mapping[str, float], how: tuple[str, str]
@@ -536,17 +576,15 @@ class Search:
         """Measured over predicted of the last trial corrects the next predictions."""
         for name, value in trial["predicted"].items():
             if value > 0:
-                costs.bias[name] = costs.bias.get(name, 1.0) * trial[name] / value
+                off = trial[name] / value  # half of it is believed: a timing has its noise
+                costs.bias[name] = costs.bias.get(name, 1.0) * math.sqrt(off)
 
     def _bearable(self, trial: Mapping[str, Any]) -> bool:
         """Whether the drop is within its limit, or would be after a long recovery."""
         if "drop" not in self.bounds:
             return True
         limit, drop = self.bounds["drop"][0], trial["drop"]
-        if trial["final"] or self.task.train is None or drop <= 0:
-            return bool(drop <= limit)
-        times = SHARES["long"] / SHARES["short"]
-        return bool(drop * times**-LONGER <= limit)
+        return bool(drop <= 0 or self._after(trial, "long") <= limit)
 
     def _limits(self) -> dict[str, float]:
         """Limits on costs that can be predicted, as shares of the original's."""
@@ -584,10 +622,6 @@ class Search:
             f"no plan comes nearer than about {near} of the original's",
             "Ask for less, or allow more techniques.",
         )
-
-    def _said_unreachable(self, limits: Mapping[str, float], error: solve.Unreachable) -> None:
-        near = ", ".join(f"{n} {v:.3g}x" for n, v in error.costs.items())
-        self.notes.append(f"no plan within {dict(limits)}: the nearest is {near}.")
 
     # -- the end -----------------------------------------------------------------------------
 

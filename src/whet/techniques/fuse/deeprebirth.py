@@ -180,7 +180,8 @@ def groups(wiring: Wiring, own: bool) -> tuple[list[Group], dict[str, str]]:
         if tuple((n + 2 * p - k) // s + 1 for n, k, s, p in sides) != shape(chain[-1])[2:]:
             left[path] = "a kernel of its size would make other sizes"
             continue
-        group = Group(path, tuple(wiring.layers[each] for each in chain), kernel, stride, pads)
+        layers = tuple(wiring.layers[each] for each in chain)
+        group = Group(path, layers, kernel, stride, pads)  # type: ignore[arg-type]
         if min(pads) < 0:
             left[path] = "a kernel of its size would skip the border"
             continue
