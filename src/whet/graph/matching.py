@@ -47,8 +47,7 @@ class Matched:
 def match(model: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> Matched:
     """Permute the hidden units of `other`, in place, to match those of `model`.
 
-    Both are of one structure, with plain weights. The descent starts twice, from `other` as it is
-    and from units matched in the order of the layers by what is known so far; the better stays.
+    Both are of one structure, with plain weights.
     """
     found = find_groups(model, example)
     left = [f"{group.name}: {group.fixed}" for group in found if group.fixed]
@@ -58,14 +57,7 @@ def match(model: nn.Module, other: nn.Module, example: tuple[Any, ...]) -> Match
             groups.append(group)
         else:
             left.append(f"{group.name}: its units are not alike")
-    ahead = copy.deepcopy(other)
-    for k, group in enumerate(groups):
-        permute(ahead, group, best_order(model, ahead, group, _known(groups, k)))
-    tries = [(network, _descend(model, network, groups)) for network in (other, ahead)]
-    best, objective = max(tries, key=lambda each: each[1][-1])  # the first of equals
-    if best is ahead:
-        other.load_state_dict(ahead.state_dict())
-    return Matched(objective, len(groups), left)
+    return Matched(_descend(model, other, groups), len(groups), left)
 
 
 def _descend(model: nn.Module, other: nn.Module, groups: Sequence[Group]) -> list[float]:
@@ -74,7 +66,7 @@ def _descend(model: nn.Module, other: nn.Module, groups: Sequence[Group]) -> lis
     for _ in range(SWEEPS):
         before = len(said)
         for group in groups:
-            order = best_order(model, other, group, _names(group))
+            order = best_order(model, other, group)
             permute(other, group, order)
             now = inner(model, other)
             # where a tensor has one group on two sides, the assignment is a guess
@@ -87,17 +79,6 @@ def _descend(model: nn.Module, other: nn.Module, groups: Sequence[Group]) -> lis
     return said
 
 
-def _names(group: Group) -> set[str]:
-    return {member.name for member in group.members}
-
-
-def _known(groups: Sequence[Group], k: int) -> set[str]:
-    """The tensors of group k that no later group permutes, nor itself on two sides; else all."""
-    names = [member.name for member in groups[k].members]
-    later = {name for group in groups[k + 1 :] for name in _names(group)}
-    return {name for name in names if name not in later and names.count(name) == 1} or {*names}
-
-
 @torch.no_grad()
 def inner(model: nn.Module, other: nn.Module) -> float:
     """<A, B>, over all weights."""
@@ -105,8 +86,8 @@ def inner(model: nn.Module, other: nn.Module) -> float:
     return sum(float((a.double() * b.double()).sum()) for a, b in pairs)
 
 
-def best_order(model: nn.Module, other: nn.Module, group: Group, names: set[str]) -> np.ndarray:
-    """The order, [units], that matches best in the weights called `names`: new unit u is order[u].
+def best_order(model: nn.Module, other: nn.Module, group: Group) -> np.ndarray:
+    """The order, [units], that matches best, the other groups held: new unit u is order[u].
 
     Units change places only with those that stand as often in each tensor.
     """
@@ -115,7 +96,7 @@ def best_order(model: nn.Module, other: nn.Module, group: Group, names: set[str]
     for mine in alike(group):
         gain = np.zeros((len(mine), len(mine)))
         for member in group.members:
-            if member.name in names & weights:
+            if member.name in weights:
                 # C_uv = <A_u, B_v>
                 a, b = (_slices(net, member, mine) for net in (model, other))
                 gain += (a @ b.T).numpy()
