@@ -13,6 +13,7 @@ Search = Mapping[str, Any]
 WIDTH, HEIGHT, EDGE = 640, 300, 44
 
 STYLE = """
+#search h3,#search details{margin-top:18px}
 svg.trials{display:block;width:100%;max-width:720px;height:auto}
 svg.trials text{font-size:11px;fill:var(--soft)}
 svg.trials line{stroke:var(--line)}
@@ -98,7 +99,8 @@ def _refused(found: Search) -> list[str]:
 
 def section(found: Search) -> str:
     """HTML: the trials as a picture, and the words."""
-    parts = [_picture(found)]
+    picture = _picture(found)
+    parts = [f'<div class="card">{picture}</div>'] if picture else []
     for head, lines in explained(found):
         items = "".join(f"<li>{escape(line)}</li>\n" for line in lines)
         if len(lines) > 8:

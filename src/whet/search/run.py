@@ -351,7 +351,7 @@ class Search:
         def measured() -> dict[str, Any]:
             began = time.monotonic()
             options = self._options(target) | {
-                "step_readings": final,
+                "step_readings": final or not plan.offers,
                 "rounds": max(10, self.settings.rounds // 2),
                 "workspace": steps,
                 "resume": steps.exists(),
