@@ -565,3 +565,41 @@ def test_version_and_help(run: Run):
         assert (status, err) == (0, "")
         assert "Usage: whet" in out
     assert run("compres")[0] == 2
+
+
+# -- the search ---------------------------------------------------------------------------------
+
+
+def test_a_search_and_a_recipe_exclude_each_other(bad):
+    bad(
+        "compress", "t.py:task", "-r", "r.yaml", "--minimize", "size",
+        found="search with --minimize: a recipe is given. Leave one of them out.",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("words", [["explain", "out"], ["compress", "t.py:task", "--pick", "2"]])
+def test_a_folder_that_no_search_wrote(words, run: Run, here: Path):
+    (here / "out").mkdir()
+    (here / "out" / "report.json").write_text('{"original": 1, "compressed": 1, "target": 1}')
+    status, _, err = run(*words)
+    assert status == 2
+    assert "no search wrote it" in err or "trials that are kept there: none" in err
+
+
+def test_goals_alone_search_and_explain_says_why(run: Run, here: Path):
+    command = ["compress", "t.py:task", "--macs", "0.7x", "--rounds", "5", "--trials", "1"]
+    command += ["--technique", "L1Filters", "--finish", "float", "--epochs", "0.5"]
+    status, out, err = run(*command)
+    assert status == 0, err
+    assert "trials/" in out
+    assert not list(here.glob(".*.whet-work"))
+    status, out, _ = run("explain", "out")
+    assert status == 0
+    assert "What each place got" in out
+    assert "macs at most 0.7x; as little drop as possible." in out
+    assert run("explain", "out", "--json")[1].startswith("{")
+    kept = sorted((here / "out" / "trials").iterdir(), key=lambda path: int(path.name))
+    status, out, err = run("compress", "t.py:task", "--pick", kept[0].name, "--rounds", "5")
+    assert status in (0, 1), err
+    said = json.loads((here / "out" / "report.json").read_text())["search"]["trials"]
+    assert [trial["taken"] for trial in said].index(True) == int(kept[0].name) - 1

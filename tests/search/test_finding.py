@@ -1,0 +1,51 @@
+"""What a search found, in words and as a picture."""
+
+from xml.etree import ElementTree
+
+import pytest
+
+from whet.report import finding
+
+
+def test_words_say_what_each_place_got_and_why_not(said):
+    words = dict(finding.explained(said))
+    assert words["What was asked for"] == [
+        "drop at most 1pp; as little latency as possible.", "2 trials in 2 min.",
+    ]  # fmt: skip
+    alone = "alone it changes the outputs by 0.02 and saves"
+    assert words["What each place got"] == [
+        f"a: L1Filters, amount 0.5; {alone} 25.0 % of the MACs.",
+        f"b: no L1Filters; amount 0.5, {alone} 5.0 % of the MACs.",
+    ]
+    assert "drop +0.20pp, latency 0.500x, size 0.500x; taken." in words["What was tried"][0]
+    assert words["Predicted and measured"] == ["latency: rank correlation 0.90 over the trials."]
+    assert words["Techniques that were turned down"] == ["<b>: no place & no hope.", "Svd: slow."]
+    assert "Notes" not in words
+
+
+def test_techniques_with_one_reason_share_a_line(said):
+    said["techniques"] |= {"Cp": "slow"}
+    assert "Svd, Cp: slow." in dict(finding.explained(said))["Techniques that were turned down"]
+
+
+def test_the_picture_has_a_dot_a_trial_with_its_recipe(said):
+    page = finding.section(said)
+    svg = ElementTree.fromstring(page[page.index("<svg") : page.index("</svg>") + 6])
+    dots = svg.findall("circle")
+    assert sorted(dot.get("class") for dot in dots) == ["final", "taken"]
+    places = {dot.get("class"): (float(dot.get("cx")), float(dot.get("cy"))) for dot in dots}
+    assert places["taken"][0] > places["final"][0]  # slower is to the right
+    assert places["taken"][1] > places["final"][1]  # a larger drop is higher
+    assert all("L1Filters" in dot.findtext("title") for dot in dots)
+    assert "<b>" not in page
+    assert "&lt;b&gt;" in page
+
+
+def test_one_trial_alone_is_drawn(said):
+    said["trials"] = said["trials"][:1]
+    assert finding.section(said).count("<circle") == 1
+
+
+@pytest.mark.parametrize("report", [{}, {"search": None}, {"search": "no"}])
+def test_a_report_without_a_search_has_no_section(report):
+    assert finding.search_of(report) is None
