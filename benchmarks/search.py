@@ -20,6 +20,7 @@ from whet.measure.signature import signature
 
 ALONE: dict[str, dict[str, Any]] = {
     "search, everything": {},
+    "search, blocks and the end": {"techniques": ["DropBlocks"]},
     "search, blocks alone": {"techniques": ["DropBlocks"], "finishes": ["float"]},
     "search, channels alone": {"techniques": ["ThiNet", "L1Filters"], "finishes": ["float"]},
     "search, factors alone": {"techniques": ["Tucker", "SpatialSvd"], "finishes": ["float"]},
@@ -34,12 +35,14 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ALONE), choices=list(ALONE))
     parser.add_argument("--drop", default="0.5pp")
     parser.add_argument("--time", default="30m")
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("--finals", type=int, default=2)
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="folder for the results; none are kept without it")
     options = parser.parse_args()
     heads = "row runtime validation_drop_pp test_drop_pp time_ratio bytes_ratio trials minutes met"
-    print("| " + " | ".join(heads.replace("_", " ").split()) + " |")
+    print("| " + " | ".join(head.replace("_", " ") for head in heads.split()) + " |")
     print("|---" * len(heads.split()) + "|", flush=True)
     for row in options.rows:
         print(measured(row, options), flush=True)
@@ -55,6 +58,8 @@ def measured(row: str, options: argparse.Namespace) -> str:
         drop=options.drop,
         minimize="latency",
         time=options.time,
+        trials=options.trials,
+        finals=options.finals,
         target=options.target,
         seed=options.seed,
         **ALONE[row],

@@ -34,7 +34,8 @@ from whet.technique import Technique, Work
 
 Counts = tuple[int, int, int]  # params, MACs, bytes as deployed
 ALIKE = 0.1  # savings within this share of each other are the same
-FEW = {"calibrate": 256, "examples": 256}  # what a try looks at, by the knobs that say it
+# what a try looks at and how long it trains, by the knobs that say it
+FEW = {"calibrate": 256, "examples": 256, "steps": 0}
 
 
 @dataclass(frozen=True)
