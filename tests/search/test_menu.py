@@ -1,0 +1,49 @@
+"""Counts of layers, and the techniques that can be tried at all."""
+
+import pytest
+import torch
+
+from whet import catalog, packed
+from whet.search.menu import changed, counts, total, tried
+from whet.techniques.prune.magnitude import Magnitude
+from whet.techniques.quantize.roundtonearest import RoundToNearest
+from whet.testing import tiny_task
+
+CLIMBED = [
+    (name, knob, value)
+    for name, kind in catalog.techniques().items()
+    if "only" in kind.model_fields
+    for knob, values in kind.ladder.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("name", "knob", "value"), CLIMBED)
+def test_every_rung_of_every_ladder_can_be_tried(name, knob, value):
+    made = tried(catalog.techniques()[name], {"only": ("x",), knob: value})
+    assert getattr(made, knob) == value
+    assert getattr(made, "calibrate", 0) <= 256
+
+
+def test_zeros_take_their_place_in_the_deployed_file_and_codes_do_not(apply):
+    task = tiny_task("plain_cnn")
+    before = total(counts(task.model, task.example))
+    sparse = total(counts(apply(task, Magnitude(amount=0.9)).model, task.example))
+    assert sparse == before
+    coded = total(counts(apply(task, RoundToNearest(bits=4)).model, task.example))
+    assert coded[:2] == before[:2]
+    assert coded[2] < before[2] / 4
+
+
+def test_changed_names_what_is_other_gone_and_new():
+    base = {"a": (1, 2, 4), "b": (3, 3, 12)}
+    assert changed(base, {"a": (1, 2, 4), "c": (1, 1, 4)}) == {"b": (0, 0, 0), "c": (1, 1, 4)}
+    assert changed(base, base) == {}
+
+
+def test_a_form_that_saves_bytes_is_counted_as_it_is_deployed():
+    task = tiny_task("flatten_cnn")
+    layer = task.model[7]
+    packed.install(layer, "weight", packed.Dense(layer.weight))
+    assert counts(task.model, task.example) == counts(tiny_task("flatten_cnn").model, task.example)
+    assert torch.isfinite(task.model(*task.example)).all()
