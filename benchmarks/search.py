@@ -20,7 +20,7 @@ from whet.measure.signature import signature
 
 ALONE: dict[str, dict[str, Any]] = {
     "search, everything": {},
-    "search, blocks and the end": {"techniques": ["DropBlocks"]},
+    "search, blocks and int8": {"techniques": ["DropBlocks"], "finishes": ["int8"]},
     "search, blocks alone": {"techniques": ["DropBlocks"], "finishes": ["float"]},
     "search, channels alone": {"techniques": ["ThiNet", "L1Filters"], "finishes": ["float"]},
     "search, factors alone": {"techniques": ["Tucker", "SpatialSvd"], "finishes": ["float"]},

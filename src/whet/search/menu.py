@@ -197,6 +197,14 @@ def draw(
     return menu
 
 
+def _estimate(kind: type[Technique], tries: Tries) -> float:
+    """Seconds of all tries of a technique, from its first one."""
+    places, rungs = kind().places(tries.task.model, tries.task.example), _rungs(kind)
+    knob, value = rungs[0]
+    said = tries(tried(kind, {"only": (places[0],), knob: value}))
+    return said.get("seconds", 0.0) * len(places) * len(rungs)
+
+
 def _rungs(kind: type[Technique]) -> list[tuple[str, Any]]:
     return [(knob, value) for knob, values in kind.ladder.items() for value in values]
 
@@ -222,8 +230,7 @@ def _screened(
             if reason is None:
                 now = total({**tries.base, **said["layers"]})
                 saves = {"macs": now[1] < before[1], "bytes": now[2] < before[2]}
-                places = kind().places(tries.task.model, tries.task.example)
-                seconds = said["seconds"] * len(places) * len(_rungs(kind))
+                seconds = _estimate(kind, tries)
                 if not any(saves[cost] for cost in wanted):
                     reason = f"it saves no {' and no '.join(sorted(wanted))} here"
                 elif seconds > tries.patience:
