@@ -13,21 +13,19 @@ from whet.techniques.factorize.svd import Svd
 from whet.techniques.prune.dropblocks import DropBlocks
 from whet.techniques.prune.l1filters import L1Filters
 
-BASE = {f"{b}.{c}": (100, 1000, 400) for b in ("x", "y") for c in ("1", "2")} | {
-    "out": (10, 100, 40)
-}
+BASE = {f"{b}.{c}": (1000, 400) for b in ("x", "y") for c in ("1", "2")} | {"out": (100, 40)}
 
 
 def cut(place, amount, deviation):
     left = 1 - amount
-    layers = {place: (int(100 * left), int(1000 * left), int(400 * left))}
+    layers = {place: (int(1000 * left), int(400 * left))}
     return Offer(
         Option(L1Filters(amount=amount, only=(place,)), place, "amount", amount), deviation, layers
     )
 
 
 def dropped(block, deviation):
-    layers = {path: (0, 0, 0) for path in BASE if path.startswith(f"{block}.")}
+    layers = {path: (0, 0) for path in BASE if path.startswith(f"{block}.")}
     option = Option(DropBlocks(amount=1.0, only=(block,)), block, "amount", 1.0)
     return Offer(option, deviation, layers)
 
@@ -46,7 +44,7 @@ def menu():
 
 
 def costs():
-    return Costs(BASE, [Profile(BASE, {path: each[1] for path, each in BASE.items()}, 1.0, 1.0)])
+    return Costs(BASE, [Profile(BASE, {path: each[0] for path, each in BASE.items()}, 1.0, 1.0)])
 
 
 def test_a_block_and_what_is_inside_exclude_each_other():
@@ -78,7 +76,8 @@ def test_what_cannot_be_reached_names_the_nearest():
 
 
 def test_channels_of_one_technique_are_one_step_and_blocks_come_first():
-    factor = Offer(Option(Svd(energy=0.9, only=("out",)), "out", "energy", 0.9), 0.1, {})
+    thin = {"out": (0, 0), "out.0": (20, 8)}
+    factor = Offer(Option(Svd(energy=0.9, only=("out",)), "out", "energy", 0.9), 0.1, thin)
     other = Offer(Option(Svd(energy=0.9, only=("y.2",)), "y.2", "energy", 0.9), 0.1, {})
     steps = plans.steps([cut("y.1", 0.25, 0), factor, dropped("x", 0), cut("y.2", 0.5, 0), other])
     assert [step.name for step in steps] == ["DropBlocks", "L1Filters", "Svd"]

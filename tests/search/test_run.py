@@ -117,7 +117,7 @@ def test_trials_that_no_other_beats_are_kept_and_can_be_picked(found, tmp_path):
 def test_an_offer_is_what_the_technique_does_alone(found):
     task = tiny_task("plain_cnn")
     counted = menu.counts(task.model, task.example)
-    assert menu.total(counted)[0] == sum(p.numel() for p in task.model.parameters())
+    assert menu.total(counted)[1] == 4 * sum(p.numel() for p in task.model.parameters())
     for option in found[0].readings["search"]["options"]:
         assert option["deviation"] >= 0
         assert option["macs"] < 0

@@ -21,6 +21,7 @@ class Layer:
         params: how many weights, zeros of masks not counted.
         macs: multiply-accumulates of one call.
         bytes: what its weights take as stored, before entropy coding.
+        deployed: what they take in a runtime's file, where zeros of masks stand as numbers.
         form: the forms of its weights in words.
     """
 
@@ -28,6 +29,7 @@ class Layer:
     params: int
     macs: int
     bytes: int
+    deployed: int
     form: str
 
     def numbers(self) -> dict[str, int]:
@@ -38,30 +40,33 @@ class Layer:
 def layers(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Layer]:
     """Every module that holds weights, by path, in order."""
     counts = trace.macs(model, example)
-    found: dict[str, list[tuple[int, int, str, bool]]] = {}
+    found: dict[str, list[tuple[int, int, int, str, bool]]] = {}
     for name, value in surgery.parameters_of(model):
         path, leaf = surgery.split_name(name)
         form = packed.form_of(model.get_submodule(path), leaf)
         support = None if form is None else form.support()
         params = value.numel() if support is None else int(support.sum())
-        bits = value.numel() * value.element_size() * 8 if form is None else form.bits()
+        plain = value.numel() * value.element_size() * 8
+        bits = plain if form is None else form.bits()
+        deployed = bits if support is None else plain
         words = str(value.dtype).removeprefix("torch.") if form is None else form.words()
-        found.setdefault(path, []).append((params, bits, words, form is not None))
+        found.setdefault(path, []).append((params, bits, deployed, words, form is not None))
     return {
         path: Layer(
             parametrize.type_before_parametrizations(model.get_submodule(path)).__name__,
             sum(part[0] for part in parts),
             counts.get(path, 0),
             sum(part[1] for part in parts) // 8,
+            sum(part[2] for part in parts) // 8,
             ", ".join(dict.fromkeys(_told(parts))),
         )
         for path, parts in found.items()
     }
 
 
-def _told(parts: list[tuple[int, int, str, bool]]) -> list[str]:
+def _told(parts: list[tuple[int, int, int, str, bool]]) -> list[str]:
     """The forms of the packed weights, or of all where none is packed."""
-    return [part[2] for part in parts if part[3]] or [part[2] for part in parts]
+    return [part[3] for part in parts if part[4]] or [part[3] for part in parts]
 
 
 def totals(model: nn.Module, example: tuple[Any, ...]) -> dict[str, int]:

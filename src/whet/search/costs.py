@@ -39,7 +39,7 @@ class Profile:
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Profile:
         """From a row as JSON keeps it."""
-        layers = {path: (each[0], each[1], each[2]) for path, each in row["layers"].items()}
+        layers = {path: (each[0], each[1]) for path, each in row["layers"].items()}
         return cls(layers, row["times"], row["latency"], row["bytes"])
 
 
@@ -57,7 +57,7 @@ def combined(base: Mapping[str, Counts], offers: Sequence[Offer]) -> dict[str, C
                 continue
             shares = [a / b if b else 1.0 for a, b in zip(each, old, strict=True)]
             now[path] = [n * share for n, share in zip(now[path], shares, strict=True)]
-    whole = {path: (round(p), round(m), round(b)) for path, (p, m, b) in now.items()}
+    whole = {path: (round(macs), round(size)) for path, (macs, size) in now.items()}
     return {path: each for path, each in whole.items() if any(each)}
 
 
@@ -81,10 +81,10 @@ class Costs:
             for path, each in profile.layers.items():
                 if path in profile.times:
                     table = self.tables.setdefault(self._like(path), {})
-                    table.setdefault(each[1], []).append(profile.times[path])
+                    table.setdefault(each[0], []).append(profile.times[path])
         sums = [self._layer_time(profile.layers) for profile in self.profiles]
         self.time = _line(sums, [profile.latency for profile in self.profiles])
-        sizes = [float(total(profile.layers)[2]) for profile in self.profiles]
+        sizes = [float(total(profile.layers)[1]) for profile in self.profiles]
         self.size = _line(sizes, [profile.bytes for profile in self.profiles])
 
     def _like(self, path: str) -> Any:
@@ -92,7 +92,7 @@ class Costs:
         return self.base.get(path, path)
 
     def _layer_time(self, layers: Mapping[str, Counts]) -> float:
-        return sum(self._one(path, each[1]) for path, each in layers.items())
+        return sum(self._one(path, macs) for path, (macs, _) in layers.items())
 
     def _one(self, path: str, macs: int) -> float:
         table = self.tables.get(self._like(path))
@@ -102,16 +102,14 @@ class Costs:
         known, times = zip(*points, strict=True)
         return float(np.interp(macs, known, times))
 
-    def predict(self, offers: Sequence[Offer], corrected: bool = True) -> dict[str, float]:
+    def predict(self, offers: Sequence[Offer]) -> dict[str, float]:
         """Latency, size and MACs over the original's, each times its bias."""
         layers = combined(self.base, offers)
         raw = {
             "latency": self.time[0] * self._layer_time(layers) + self.time[1],
-            "size": self.size[0] * total(layers)[2] + self.size[1],
-            "macs": total(layers)[1] / max(total(self.base)[1], 1),
+            "size": self.size[0] * total(layers)[1] + self.size[1],
+            "macs": total(layers)[0] / max(total(self.base)[0], 1),
         }
-        if not corrected:
-            return raw
         return {name: value * self.bias.get(name, 1.0) for name, value in raw.items()}
 
 

@@ -5,7 +5,7 @@ those that save the same at the same places the one that disturbs the outputs le
 others are turned down, each with its reason. Then every rung of the ladder of what stays is tried
 at every place alone. An offer is one such try:
 
-    L = E |z - z_0|^2 / (2 E |z_0|^2),   and params, MACs and bytes of each layer that it changes,
+    L = E |z - z_0|^2 / (2 E |z_0|^2),   and MACs and bytes of each layer that it changes,
 
 z_0 being what the network says to the same inputs. No label is read and nothing is trained.
 """
@@ -24,7 +24,7 @@ from torch import nn
 from whet import catalog, packed
 from whet.checkpoint import Rows
 from whet.errors import Refused
-from whet.graph import surgery, trace
+from whet.measure import cost
 from whet.probe import Option
 from whet.rungs.sensitivity import Answers, deviation
 from whet.runner import seed_all
@@ -32,7 +32,8 @@ from whet.targets.target import Target
 from whet.task import Task
 from whet.technique import Technique, Work
 
-Counts = tuple[int, int, int]  # params, MACs, bytes as deployed
+Counts = tuple[int, int]  # MACs, bytes as deployed
+NOTHING: Counts = (0, 0)
 ALIKE = 0.1  # savings within this share of each other are the same
 # what a try looks at and how long it trains, by the knobs that say it
 FEW = {"calibrate": 256, "examples": 256, "steps": 0}
@@ -46,13 +47,11 @@ class Offer:
         option: the technique, the place, the strength.
         deviation: L.
         layers: counts of the layers that are other than before; zeros where one is gone.
-        seconds: that the try took.
     """
 
     option: Option
     deviation: float
     layers: Mapping[str, Counts]
-    seconds: float = 0.0
 
 
 @dataclass
@@ -71,29 +70,19 @@ class Menu:
 
 
 def counts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Counts]:
-    """Params, MACs and deployed bytes of each layer by path; zeros under masks take their place."""
-    macs = trace.macs(model, example)
-    found: dict[str, Counts] = {}
-    for name, value in surgery.parameters_of(model):
-        path, leaf = surgery.split_name(name)
-        form = packed.form_of(model.get_submodule(path), leaf)
-        bits = value.numel() * value.element_size() * 8
-        if form is not None and form.support() is None:
-            bits = form.bits()
-        old = found.get(path, (0, 0, 0))
-        found[path] = old[0] + value.numel(), macs.get(path, 0), old[2] + bits // 8
-    return found
+    """MACs and deployed bytes of each layer by path."""
+    layers = cost.layers(model, example)
+    return {path: (each.macs, each.deployed) for path, each in layers.items()}
 
 
 def total(layers: Mapping[str, Counts]) -> Counts:
     """The sums over all layers."""
-    sums = [sum(each[k] for each in layers.values()) for k in range(3)]
-    return sums[0], sums[1], sums[2]
+    return sum(macs for macs, _ in layers.values()), sum(size for _, size in layers.values())
 
 
 def changed(base: Mapping[str, Counts], now: Mapping[str, Counts]) -> dict[str, Counts]:
     """Of layers that differ, what they count now."""
-    gone: dict[str, Counts] = {path: (0, 0, 0) for path in base if path not in now}
+    gone = {path: NOTHING for path in base if path not in now}
     return gone | {path: each for path, each in now.items() if base.get(path) != each}
 
 
@@ -187,12 +176,7 @@ def draw(
                 tell(f"try {name}", done, of)
                 if said["refused"] is None and said["layers"]:
                     layers = {path: tuple(each) for path, each in said["layers"].items()}
-                    offer = Offer(
-                        Option(technique, place, knob, value),
-                        said["deviation"],
-                        layers,
-                        said["seconds"],
-                    )
+                    offer = Offer(Option(technique, place, knob, value), said["deviation"], layers)
                     menu.offers.setdefault((name, place), []).append(offer)
     return menu
 
@@ -229,7 +213,7 @@ def _screened(
             reason = said["refused"]
             if reason is None:
                 now = total({**tries.base, **said["layers"]})
-                saves = {"macs": now[1] < before[1], "bytes": now[2] < before[2]}
+                saves = {"macs": now[0] < before[0], "bytes": now[1] < before[1]}
                 seconds = _estimate(kind, tries)
                 if not any(saves[cost] for cost in wanted):
                     reason = f"it saves no {' and no '.join(sorted(wanted))} here"
@@ -244,10 +228,8 @@ def _screened(
         if rival is None:
             menu.verdicts[name] = "taken"
         else:
-            times = said["deviation"] / max(stays[rival][1]["deviation"], 1e-12)
-            menu.verdicts[name] = (
-                f"{rival} saves as much at {1 / max(times, 1e-12):.2g} of its error"
-            )
+            share = stays[rival][1]["deviation"] / max(said["deviation"], 1e-12)
+            menu.verdicts[name] = f"{rival} saves as much at {share:.2g} of its error"
     return {n: kind for n, (kind, _, _) in stays.items() if menu.verdicts[n] == "taken"}
 
 
@@ -262,9 +244,7 @@ def _rivals(
     if menu.verdicts[first] != "taken":
         return False
     a, b = stays[first], stays[second]
-    if catalog.family(a[0]) != catalog.family(b[0]) or a[0].ladder.keys() != b[0].ladder.keys():
-        return False
-    if ("only" in a[0].model_fields) and a[0].ladder != b[0].ladder:
+    if catalog.family(a[0]) != catalog.family(b[0]) or a[0].ladder != b[0].ladder:
         return False
     return all(abs(x - y) <= ALIKE * max(z, 1) for x, y, z in zip(a[2], b[2], before, strict=True))
 

@@ -10,21 +10,21 @@ What lies in a block that goes has no choice any more: a block and its inside ar
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from whet import catalog, solve
 from whet.recipe import Recipe
 from whet.search.costs import Costs
-from whet.search.menu import Menu, Offer
+from whet.search.menu import NOTHING, Menu, Offer
 from whet.technique import Technique
 
 ROUNDS = 4  # of making costs linear
 MOST = 256  # joint options of a block and its inside
 CLOSER = 0.98  # the limits of each next round, where the true costs are over theirs
 Bundle = tuple[Offer, ...]
-ORDER = ("prune", "factorize", "substitute", "fuse", "quantize")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Plan:
 
 def bundles(menu: Menu) -> list[list[Bundle]]:
     """The groups of the knapsack: of each, what may be done together; nothing first."""
-    whole = {k for k, offers in menu.offers.items() if any(map(_empties(menu), offers))}
+    whole = {k for k, offers in menu.offers.items() if any(_empties(menu, o) for o in offers)}
     inside: dict[Any, list[Any]] = {key: [] for key in whole}
     loose = []
     for key in menu.offers:
@@ -61,7 +61,7 @@ def bundles(menu: Menu) -> list[list[Bundle]]:
             groups.append([(), *[(offer,) for offer in menu.offers[key]]])
         elif key in whole:
             axes = [[(), *[(o,) for o in menu.offers[k]]] for k in inside[key]]
-            while _product(axes) > MOST:
+            while math.prod(map(len, axes)) > MOST:
                 longest = max(range(len(axes)), key=lambda k: len(axes[k]))
                 axes[longest].pop()
             joint = [sum(each, ()) for each in itertools.product(*axes)]
@@ -69,25 +69,16 @@ def bundles(menu: Menu) -> list[list[Bundle]]:
     return groups
 
 
-def _product(axes: Sequence[Sequence[Any]]) -> int:
-    size = 1
-    for axis in axes:
-        size *= len(axis)
-    return size
-
-
-def _empties(menu: Menu) -> Any:
+def _empties(menu: Menu, offer: Offer) -> bool:
     """Whether an offer removes every layer below its place."""
-
-    def test(offer: Offer) -> bool:
-        mine = [p for p in menu.base if p.startswith(f"{offer.option.place}.")]
-        return bool(mine) and all(offer.layers.get(p) == (0, 0, 0) for p in mine)
-
-    return test
+    mine = [path for path in menu.base if path.startswith(f"{offer.option.place}.")]
+    return bool(mine) and all(offer.layers.get(path) == NOTHING for path in mine)
 
 
 def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
     """The plan with the least deviation within the limits, shares of the original's costs.
+
+    Where costs are far from sums it may lie a little over a limit; its `costs` say so.
 
     Raises:
         Unreachable: there is none; it names the nearest.
@@ -96,75 +87,64 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
     current: list[Bundle] = [group[0] for group in groups]
     tight, found = dict(limits), None
     for _ in range(ROUNDS):
-        here = _flat(current)
-        base = costs.predict(here)
-        options = []
-        for k, group in enumerate(groups):
-            rest = _flat(current[:k] + current[k + 1 :])
-            none = costs.predict(rest)
-            row = []
-            for bundle in group:
-                own = costs.predict((*rest, *bundle))
-                saved = {name: own[name] - none[name] for name in limits}
-                row.append(solve.Option(sum(o.deviation for o in bundle), saved))
-            options.append(row)
-        # cost(x) ~ cost(current) + sum of what each group's choice changes
-        start = {
-            name: base[name]
-            - sum(
-                row[g.index(c)].costs[name]
-                for row, g, c in zip(options, groups, current, strict=True)
-            )
-            for name in limits
-        }
-        room = {name: tight[name] - start[name] for name in limits}
+        options, room = _linear(groups, current, costs, tight)
         try:
             picks = solve.choose(options, room, gap=1e-3).picks
         except solve.Unreachable as error:
             if found is not None:
-                break
-            near = {name: error.costs[name] + start[name] for name in limits}
+                return found
+            near = {name: tight[name] + error.costs[name] - room[name] for name in limits}
             raise solve.Unreachable(limits, near) from None
         current = [group[pick] for group, pick in zip(groups, picks, strict=True)]
-        chosen = _flat(current)
-        said = costs.predict(chosen)
-        plan = Plan(chosen, sum(o.deviation for o in chosen), said)
-        within = all(said[name] <= limits[name] * (1 + 1e-6) for name in limits)
-        if within and (found is None or plan.deviation < found.deviation):
+        chosen = flat(current)
+        plan = Plan(chosen, sum(o.deviation for o in chosen), costs.predict(chosen))
+        over = [name for name, limit in limits.items() if plan.costs[name] > limit * (1 + 1e-6)]
+        if not over and (found is None or plan.deviation < found.deviation):
             found = plan
-        tight = {
-            name: tight[name] * (CLOSER if said[name] > limits[name] * (1 + 1e-6) else 1.0)
-            for name in limits
-        }
-    return found if found is not None else plan
+        tight |= {name: tight[name] * CLOSER for name in over}
+    return found or plan
+
+
+def _linear(
+    groups: Sequence[Sequence[Bundle]],
+    current: Sequence[Bundle],
+    costs: Costs,
+    limits: Mapping[str, float],
+) -> tuple[list[list[solve.Option]], dict[str, float]]:
+    """cost(x) ~ cost(current) + what each choice changes: the options, and the room for them."""
+    room = {name: limit - costs.predict(flat(current))[name] for name, limit in limits.items()}
+    options = []
+    for k, group in enumerate(groups):
+        rest = flat([*current[:k], *current[k + 1 :]])
+        now = costs.predict((*rest, *current[k]))
+        row = []
+        for bundle in group:
+            then = costs.predict((*rest, *bundle))
+            change = {name: then[name] - now[name] for name in limits}
+            row.append(solve.Option(sum(o.deviation for o in bundle), change))
+        options.append(row)
+    return options, room
 
 
 def least(menu: Menu, costs: Costs, name: str) -> float:
     """About the smallest share of one cost that any plan reaches."""
-    strongest = []
-    for group in bundles(menu):
-        strongest.append(min(group, key=lambda bundle: costs.predict(bundle)[name]))
-    return costs.predict(_flat(strongest))[name]
+    strongest = [min(g, key=lambda b: costs.predict(b)[name]) for g in bundles(menu)]
+    return costs.predict(flat(strongest))[name]
 
 
-def _flat(bundles: Sequence[Bundle]) -> Bundle:
+def flat(bundles: Iterable[Bundle]) -> Bundle:
+    """The offers of several bundles."""
     return tuple(offer for bundle in bundles for offer in bundle)
 
 
 def steps(plan: Sequence[Offer]) -> list[Technique]:
     """The plan as steps of a recipe, in an order that makes sense: blocks, channels, factors."""
     grouped: dict[tuple[str, str], dict[Any, list[str]]] = {}
-    sized: dict[str, int] = {}
     for offer in plan:
-        technique = offer.option.technique
-        key = technique.name, offer.option.knob
+        key = offer.option.technique.name, offer.option.knob
         grouped.setdefault(key, {}).setdefault(offer.option.value, []).append(offer.option.place)
-        sized[technique.name] = max(sized.get(technique.name, 0), len(offer.layers))
     kinds = catalog.techniques()
-    order = sorted(
-        grouped,
-        key=lambda key: (ORDER.index(catalog.family(kinds[key[0]])), -_gone(plan, key[0]), key),
-    )
+    order = sorted(grouped, key=lambda key: (*_turn(plan, kinds[key[0]]), key))
     found: list[Technique] = []
     for name, knob in order:
         levels = grouped[name, knob]
@@ -179,10 +159,15 @@ def steps(plan: Sequence[Offer]) -> list[Technique]:
     return found
 
 
-def _gone(plan: Sequence[Offer], name: str) -> int:
-    """How many layers the offers of one technique remove altogether: those come first."""
-    mine = [o for o in plan if o.option.technique.name == name]
-    return sum(each == (0, 0, 0) for offer in mine for each in offer.layers.values())
+def _turn(plan: Sequence[Offer], kind: type[Technique]) -> tuple[bool, bool, int]:
+    """What comes first: layers that go, then layers cut, then layers in their place, then forms.
+
+    A path that a later step names must still be there.
+    """
+    mine = [o.layers for o in plan if isinstance(o.option.technique, kind)]
+    gone = {path for layers in mine for path, each in layers.items() if each == NOTHING}
+    new = any(path.startswith(f"{old}.") for layers in mine for path in layers for old in gone)
+    return bool(kind.makes), new, -len(gone)
 
 
 def recipe(

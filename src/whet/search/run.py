@@ -6,91 +6,48 @@
     4  what was measured corrects the predictions; the last plans get a longer recovery,
     5  the best trial is measured on the test data, which nothing else has read.
 
-Every measurement is a row in the workspace, under a name made of what it depends on, and every
-decision follows from rows alone: a search that was killed goes on to the same plan.
+Every decision follows from the rows of the bench alone: a search that was killed goes on to the
+same plan.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import hashlib
 import inspect
 import json
 import math
-import random
-import re
 import shutil
+import statistics
 import tempfile
-import time
+import time as clock
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from whet import artifact, catalog, runner, solve
+from whet import artifact, runner, solve
 from whet.checkpoint import Rows, fingerprint
-from whet.errors import BadInput, Disagrees, Refused, TargetFailed, nearest
-from whet.measure import latency
+from whet.errors import BadInput
 from whet.measure.goals import Goals
 from whet.probe import rank_correlation
 from whet.recipe import Recipe, built_in
 from whet.release import VERSION
-from whet.rungs.sensitivity import answers
 from whet.runner import Result, Settings
 from whet.search import plan as plans
-from whet.search.costs import Costs, Profile
-from whet.search.menu import About, Menu, Offer, Tries, counts, draw, total
+from whet.search.bench import TIMES, Bench, Way
+from whet.search.costs import Costs
+from whet.search.menu import NOTHING, Menu, total
 from whet.search.plan import Plan
-from whet.targets.onnxfile import Deployable, as_arrays
+from whet.search.wish import COSTS, FINISHES, Wish, duration, finishing
 from whet.targets.target import Target
-from whet.task import Task, evaluate, limited
-from whet.technique import Need, Technique, Work
+from whet.task import Task
 
-FINISHES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
-    "float": (("FoldBatchNorm", {}),),
-    "int8": (("FoldBatchNorm", {}), ("StaticInt8", {})),
-    "4-bit weights": (("FoldBatchNorm", {}), ("Gptq", {"bits": 4})),
-}
-COST = {"latency": "macs", "size": "bytes", "macs": "macs"}  # what an option must lower
-EXAMPLES = 256  # of each try
-PROFILES = 6  # random plans that are timed
 LONGER = 0.35  # a drop falls with the length of the recovery to this power, as a first guess
-SHARES = {"short": 0.08, "long": 0.25}  # of the time, for the recovery of one trial
-TRYING = 0.3  # of the time, that the tries of one technique may take
-PATIENCE = 600.0  # seconds that the tries of one technique may take, where no time is given
-STEPS = 8  # to learn what a training step costs
-RATES = (0.05, 0.01, 0.002)
 FIRST_RATE = 0.25  # drop over deviation, before any trial was made
 SOLVES = 10  # to find the plan of a deviation
 MARGIN = 0.99  # predicted costs keep this far within their limits
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the search is asked for.
-
-    Args:
-        goals: the limits.
-        minimize: "latency", "size", "macs" or "drop": the one that is made small within them.
-        trials: plans that are recovered shortly and measured.
-        finals: plans that are recovered longer.
-        epochs: of a short recovery, where no time is given; a long one has four times as many.
-        seconds: in all; None leaves it to `trials` and `epochs`.
-        techniques: names to choose from; None for the whole catalogue.
-        finishes: what may be done at the end, of `FINISHES`.
-    """
-
-    goals: Goals
-    minimize: str
-    trials: int = 4
-    finals: int = 2
-    epochs: float = 1.0
-    seconds: float | None = None
-    techniques: tuple[str, ...] | None = None
-    finishes: tuple[str, ...] = tuple(FINISHES)
 
 
 def compress(task: Task, **options: Any) -> Result:
@@ -136,49 +93,23 @@ def search(
         raise BadInput(
             "search for a recipe", "the task has no validation batches", "Set Task.validation."
         )
-    limited_costs = [n for n in ("latency", "size", "macs") if getattr(settings.goals, n)]
+    costs = [name for name in COSTS if getattr(settings.goals, name) is not None]
     wish = Wish(
         settings.goals,
-        minimize or ("drop" if limited_costs else "latency"),
+        minimize or ("drop" if costs else "latency"),
         trials,
         finals,
         epochs,
         None if time is None else duration(time),
-        None if techniques is None else tuple(techniques),
-        tuple(finishes),
+        techniques,
+        finishes,
     )
-    if wish.minimize not in ("latency", "size", "macs", "drop"):
-        raise BadInput(
-            f"minimize {wish.minimize!r}", "it is no cost", "Choose latency, size, macs or drop."
-        )
-    if wish.minimize != "drop" and settings.goals.drop is None:
-        raise BadInput(
-            f"make the {wish.minimize} as small as possible",
-            "no limit holds the metric, so the smallest network would be taken",
-            "Give a limit on the drop: drop 1pp.",
-        )
-    for name in wish.techniques or ():
-        catalog.technique(name)
-    for name in wish.finishes:
-        if name not in FINISHES:
-            raise BadInput(f"finish with {name!r}", "there is no such end", nearest(name, FINISHES))
+    wish.check()
     if settings.workspace is not None:
         return Search(task, wish, settings).result()
     with tempfile.TemporaryDirectory(prefix="whet-search-") as folder:
         within = dataclasses.replace(settings, workspace=Path(folder) / "work")
         return Search(task, wish, within).result()
-
-
-def duration(text: str) -> float:
-    """Seconds of "90s", "30m", "2h".
-
-    Raises:
-        BadInput: it is no such text.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([smh])\s*", text)
-    if match and match[1].count(".") <= 1 and float("0" + match[1]) > 0:
-        return float("0" + match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
-    raise BadInput(f"search for {text!r}", "that is no time I can read", "Write 90s, 30m or 2h.")
 
 
 class Search:
@@ -188,11 +119,10 @@ class Search:
         assert settings.workspace is not None
         self.task, self.wish, self.settings = task, wish, settings
         self.home = settings.workspace
-        self.blind = dataclasses.replace(task, test=None)  # trials never see the test data
         self.bounds = wish.goals.limits()
         self.notes: list[str] = []
         self.trials: list[dict[str, Any]] = []
-        self.began = time.monotonic()
+        self.began = clock.monotonic()
 
     # -- the whole ---------------------------------------------------------------------------
 
@@ -201,16 +131,16 @@ class Search:
         self.task.check()
         targets = runner.targets_of(self.settings.target)
         self._claim()
-        finish = self._finish(targets)
-        self.finish, self.target = FINISHES[finish["finish"]], catalog.target(finish["target"])
-        wanted = {COST[n] for n in (*self._limits(), self.wish.minimize) if n in COST}
-        menu = self._menu(wanted, targets)
-        costs = Costs(menu.base, self._profiles(menu))
-        self._explore(menu, costs, finish)
+        self.bench = Bench(self.task, self.wish, self.settings, Rows(self.home / "rows.jsonl"))
+        self.way = self._way(targets)
+        wanted = {COSTS[n] for n in (*self._limits(), self.wish.minimize) if n in COSTS}
+        menu = self.bench.menu(wanted, targets)
+        costs = Costs(menu.base, self.bench.profiles(menu, self.way))
+        self._explore(menu, costs)
         best = min(self.trials, key=self._rank)
         said = self._said(menu, best)
         chosen = read_result(self.task, self.home / best["folder"])
-        options = self._options(best["target"])
+        options = self.bench.options(best["target"])
         proven = runner.prove(chosen, self.task, {"search": said}, **options)
         return dataclasses.replace(proven, files=proven.files | self._kept())
 
@@ -245,230 +175,42 @@ class Search:
             shutil.rmtree(self.home, ignore_errors=True)
             self.home.mkdir(parents=True)
             mark.write_text(mine)
-        self.rows = Rows(self.home / "rows.jsonl")
 
-    # -- what is done at the end -------------------------------------------------------------
-
-    def _finish(self, targets: Sequence[Target]) -> dict[str, Any]:
+    def _way(self, targets: Sequence[Target]) -> Way:
         """Every finish in every runtime, as trials; the one to go on with."""
-        found = []
         for target in targets:
             for name in self.wish.finishes:
-                steps = FINISHES[name]
-                made = [catalog.technique(n, k) for n, k in steps]
-                if all(need.met(self.task) for step in made for need in step.needs):
-                    plan = Plan((), 0.0, {})
-                    trial = self._trial(plan, name, target.name, 0.0, final=False)
-                    found += [] if trial is None else [trial]
-        if not found:
+                if all(need.met(self.task) for step in finishing(name) for need in step.needs):
+                    self._trial(Plan((), 0.0, {}), Way(name, target.name), "short")
+        if not self.trials:
             raise BadInput(
                 "search for a recipe",
                 "the network could not be deployed in any way",
                 "Try a recipe by hand: whet compress TASK --recipe r.yaml.",
             )
-        return min(found, key=self._rank)
+        best = min(self.trials, key=self._rank)
+        return Way(best["finish"], best["target"])
 
-    # -- measuring ---------------------------------------------------------------------------
-
-    def _menu(self, wanted: set[str], targets: list[Target]) -> Menu:
-        batches = self.task.statistics() or self.task.validation or []
-        known = answers(self.task.model, list(limited(batches, EXAMPLES)), EXAMPLES)
-        patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
-        name = f"{fingerprint(self.task.model)} {self.settings.seed}"
-        about = About(targets, self.settings.seed, patience)
-        tries = Tries(self.task, known, self.rows, name, about)
-        only = None if self.wish.techniques is None else list(self.wish.techniques)
-        return draw(tries, wanted, self.settings.tell, only)
-
-    def _profiles(self, menu: Menu) -> list[Profile]:
-        """The untouched network and some random plans, in the runtime, each layer timed."""
-        chance = random.Random(self.settings.seed)
-        groups = plans.bundles(menu)
-        picks: list[tuple[Offer, ...]] = [()]
-        for turn in range(PROFILES):
-            share = (turn + 1) / PROFILES  # from few changes to many
-            chosen = [
-                g[chance.randrange(1, len(g))] if chance.random() < share else () for g in groups
-            ]
-            picks.append(tuple(offer for bundle in chosen for offer in bundle))
-        found = []
-        for done, pick in enumerate(picks):
-            self.settings.tell("time random plans", done, len(picks))
-            steps = [_bare(step) for step in plans.steps(pick)]
-            name = f"profile {Recipe(steps).yaml() if steps else ''} {self._about()}"
-            row = self.rows.get(name, lambda s=steps: self._profile(s))
-            found += [] if row is None else [Profile.of(row)]
-        return found
-
-    def _about(self) -> str:
-        """What times hold for."""
-        return f"{fingerprint(self.task.model)} {self.finish} {self.target.name} " + str(
-            self.settings.threads
-        )
-
-    def _profile(self, steps: Sequence[Technique]) -> dict[str, Any] | None:
-        work = Work(
-            copy.deepcopy(self.task.model), self.task.model, self.task, targets=[self.target]
-        )
-        try:
-            for step in steps:
-                step.apply(work)
-        except Refused:
-            return None  # the plan was a random one
-        layers = counts(work.model, self.task.example)
-        for name, knobs in self.finish:
-            few = {"examples": 32} if "examples" in catalog.techniques()[name].model_fields else {}
-            _attempt(catalog.technique(name, {**knobs, **few}), work)
-        inputs, threads = as_arrays(self.task.example), self.settings.threads
-        with tempfile.TemporaryDirectory(prefix="whet-") as name:
-            folder = Path(name)
-            net = Deployable(work.model, self.task.example, self.target)
-            file = net.write(folder / "plan.onnx")
-            first = Deployable(self.task.model, self.task.example, self.target)
-            original = first.write(folder / "original.onnx")
-            times = latency.by_layer(self.target, net, file, inputs, threads)
-            variants = [latency.Variant("before", original), latency.Variant("after", file)]
-            both = latency.time_together(self.target, variants, inputs, threads, 20)
-            return {
-                "layers": layers,
-                "times": times,
-                "latency": latency.compare(both["before"], both["after"])["value"],
-                "bytes": file.stat().st_size / original.stat().st_size,
-            }
-
-    # -- trials ------------------------------------------------------------------------------
-
-    def _trial(
-        self, plan: Plan, finish: str, target: str, epochs: float, final: bool
-    ) -> dict[str, Any] | None:
-        """Carry a plan out, recover, deploy and measure it on validation data."""
-        end = [catalog.technique(n, k) for n, k in FINISHES[finish]]
-        recipe = plans.recipe(plan.offers, self._recovery(plan, epochs), end)
-        name = f"trial {recipe.yaml()} {target} {self.settings.seed} {self.settings.threads}"
-        folder = self.home / f"trial-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
-        steps = folder.with_suffix(".steps")
-
-        def measured() -> dict[str, Any]:
-            began = time.monotonic()
-            options = self._options(target) | {
-                "step_readings": final or not plan.offers,
-                "rounds": max(10, self.settings.rounds // 2),
-                "workspace": steps,
-                "resume": steps.exists(),
-            }
-            try:
-                result = runner.apply(recipe, self.blind, **options)
-            except (TargetFailed, Disagrees) as error:
-                return {"failed": str(error)}
-            shutil.rmtree(folder, ignore_errors=True)
-            result.save(folder)
-            shutil.rmtree(steps, ignore_errors=True)
-            ratios = result.readings["ratios"]
-            return {
-                "folder": folder.name,
-                "drop": ratios["drop"],
-                "latency": ratios["latency"]["value"],
-                "size": ratios["bytes"],
-                "macs": ratios["macs"],
-                "memory": ratios.get("memory_mb"),
-                "goals": result.readings["goals"],
-                "seconds": round(time.monotonic() - began, 1),
-            }
-
-        row = self.rows.get(name, measured)
-        if "failed" in row:
-            self.notes.append(f"a trial failed: {row['failed']}")
+    def _trial(self, plan: Plan, way: Way, kind: str) -> dict[str, Any] | None:
+        """A trial on the bench; one that failed is noted."""
+        trial = self.bench.trial(plan, way, kind)
+        if "failed" in trial:
+            self.notes.append(f"a trial failed: {trial['failed']}")
             return None
-        trial = {
-            "finish": finish,
-            "target": target,
-            "epochs": epochs,
-            "final": final,
-            "recipe": recipe.yaml(),
-            "deviation": plan.deviation,
-            "predicted": dict(plan.costs),
-            "offers": [
-                [o.option.technique.name, o.option.place, o.option.value] for o in plan.offers
-            ],
-        } | row
         self.trials.append(trial)
         return trial
 
-    def _options(self, target: str) -> dict[str, Any]:
-        s = self.settings
-        return {
-            "target": target,
-            "goals": s.goals,
-            "threads": s.threads,
-            "seed": s.seed,
-            "rounds": s.rounds,
-            "tell": s.tell,
-        }
+    # -- which plans to try ------------------------------------------------------------------
 
-    def _recovery(self, plan: Plan, epochs: float) -> list[Technique]:
-        if self.task.train is None or not plan.offers or not epochs:
-            return []
-        return [catalog.technique("Distill", {"epochs": round(epochs, 3), "lr": self._rate(plan)})]
-
-    def _rate(self, plan: Plan) -> float:
-        """The learning rate that brings a plan furthest in a few steps; chosen once."""
-
-        def measured() -> float:
-            found = {}
-            for rate in RATES:
-                self.settings.tell("choose the learning rate", len(found), len(RATES))
-                work = self._cut(plan)
-                share = min(1.0, 0.1 * self.wish.epochs)
-                _attempt(catalog.technique("Distill", {"epochs": share, "lr": rate}), work)
-                few = list(limited(self.task.validation or [], 1000))
-                metric = self.task.measure
-                worth = evaluate(work.model, few, metric)
-                found[rate] = worth if metric.better == "higher" else -worth
-            return max(RATES, key=lambda rate: found[rate])
-
-        return self.rows.get(f"rate {fingerprint(self.task.model)}", measured)
-
-    def _cut(self, plan: Plan) -> Work:
-        blind = dataclasses.replace(self.blind, validation=None)
-        runner.seed_all(self.settings.seed, self.task)
-        work = Work(copy.deepcopy(self.task.model), self.task.model, blind, targets=[self.target])
-        looking = Work(work.model, self.task.model, self.blind, targets=[self.target])
-        for step in plans.steps(plan.offers):
-            _attempt(step, looking)
-        work.model = looking.model
-        return work
-
-    def _epochs(self, plan: Plan, kind: str) -> float:
-        """Epochs of a recovery: as asked for, or what its share of the time is enough for."""
-        times = 1.0 if kind == "short" else SHARES["long"] / SHARES["short"]
-        if self.task.train is None:
-            return 0.0
-        if self.wish.seconds is None:
-            return self.wish.epochs * times
-        batches = len(self.task.train)  # type: ignore[arg-type]
-
-        def measured() -> list[float]:
-            work = self._cut(plan)
-            few = catalog.technique("Distill", {"epochs": STEPS / batches})
-            began = time.monotonic()
-            _attempt(few, work)
-            return [(time.monotonic() - began) / STEPS, plan.costs["macs"]]
-
-        step, share = self.rows.get(f"step {fingerprint(self.task.model)}", measured)
-        # the teacher's forward pass is a quarter of a step, whatever the student
-        step *= (0.25 + 0.75 * plan.costs["macs"]) / (0.25 + 0.75 * share)
-        return self.wish.seconds * SHARES[kind] / (step * batches)
-
-    def _explore(self, menu: Menu, costs: Costs, finish: dict[str, Any]) -> None:
+    def _explore(self, menu: Menu, costs: Costs) -> None:
         """Plans between the mildest and the strongest, each chosen by what was measured before."""
         if not menu.offers:
             self.notes.append("no technique that saves anything here acts place by place.")
             return
-        how = finish["finish"], finish["target"]
         name = self.wish.minimize
         limits = self._limits()
         if name == "drop":
-            self._toward(menu, costs, limits, how)
+            self._toward(menu, costs, limits)
             return
         low, high = plans.least(menu, costs, name), costs.predict(())[name]
         passing: list[tuple[float, Plan]] = []
@@ -486,7 +228,7 @@ class Search:
             if not plan.offers:
                 self.notes.append("nothing that a plan could change is predicted to be bearable.")
                 return
-            trial = self._trial(plan, *how, self._epochs(plan, kind), final=kind == "long")
+            trial = self._trial(plan, self.way, kind)
             if trial is not None:
                 self._learn(costs, trial)
             if trial is not None and self._bearable(trial):
@@ -509,11 +251,11 @@ class Search:
         The drop is taken to be as many times the deviation as in the trials so far.
         """
         cut = [t for t in self.trials if t["offers"] and t["drop"] > 0]
-        rates = sorted(self._after(t, kind) / t["deviation"] for t in cut)
-        rate = rates[len(rates) // 2] if rates else FIRST_RATE
+        rates = [self._after(t, kind) / t["deviation"] for t in cut]
+        rate = statistics.median(rates) if rates else FIRST_RATE
         room = self.bounds["drop"][0] / rate
         if kind == "short" and self.task.train is not None:
-            room *= (SHARES["long"] / SHARES["short"]) ** LONGER
+            room *= TIMES**LONGER
         low, high = ends
         best = (high, plans.choose(menu, costs, dict(limits)))
         for _ in range(SOLVES):
@@ -535,42 +277,29 @@ class Search:
         """The drop of a trial, had it been recovered for as long as those of `kind`."""
         if self.task.train is None or trial["final"] == (kind == "long"):
             return trial["drop"]
-        times = SHARES["long"] / SHARES["short"]
-        return trial["drop"] * (times**LONGER if trial["final"] else times**-LONGER)
+        return trial["drop"] * (TIMES**LONGER if trial["final"] else TIMES**-LONGER)
 
-    def _toward(
-        self, menu: Menu, costs: Costs, limits: Mapping[str, float], how: tuple[str, str]
-    ) -> None:
+    def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""
         base = costs.predict(())
-        met = all(base[n] <= limit for n, limit in limits.items())
-        turns = 0 if met else self.wish.trials
-        for turn in range(turns):
-            tight = {n: limit * MARGIN for n, limit in limits.items()}
-            try:
-                plan = plans.choose(menu, costs, tight)
-            except solve.Unreachable as error:
-                if turn == 0:
-                    raise self._unreachable(limits, error) from error
-                break
-            trial = self._trial(plan, *how, self._epochs(plan, "short"), final=False)
-            if trial is None:
-                break
-            self._learn(costs, trial)
-            if all(trial[n] <= limit for n, limit in limits.items()):
-                break
-        for _ in range(0 if met or self.task.train is None else self.wish.finals):
-            best = min(self.trials, key=self._rank)
-            if best["final"] and all(goal["met"] for goal in best["goals"]):
-                break
-            try:
-                tight = {n: limit * MARGIN for n, limit in limits.items()}
-                plan = plans.choose(menu, costs, tight)
-            except solve.Unreachable:
-                break
-            trial = self._trial(plan, *how, self._epochs(plan, "long"), final=True)
-            if trial is not None:
+        if all(base[name] <= limit for name, limit in limits.items()):
+            return  # the finish is enough
+        tight = {name: limit * MARGIN for name, limit in limits.items()}
+        finals = self.wish.finals if self.task.train is not None else 0
+        for kind, turns in (("short", self.wish.trials), ("long", finals)):
+            for _ in range(turns):
+                try:
+                    plan = plans.choose(menu, costs, tight)
+                except solve.Unreachable as error:
+                    if not any(trial["offers"] for trial in self.trials):
+                        raise self._unreachable(limits, error) from error
+                    return  # what trials taught has moved the limits out of reach
+                trial = self._trial(plan, self.way, kind)
+                if trial is None:
+                    return
                 self._learn(costs, trial)
+                if all(trial[name] <= limit for name, limit in limits.items()):
+                    break
 
     def _learn(self, costs: Costs, trial: Mapping[str, Any]) -> None:
         """Measured over predicted of the last trial corrects the next predictions."""
@@ -589,19 +318,10 @@ class Search:
     def _limits(self) -> dict[str, float]:
         """Limits on costs that can be predicted, as shares of the original's."""
         return {
-            name: limit if unit == "x" else limit / self._original(name)
+            name: limit if unit == "x" else limit / self.trials[0]["original"][name]
             for name, (limit, unit) in self.bounds.items()
-            if name in COST
+            if name in COSTS
         }
-
-    def _original(self, name: str) -> float:
-        said = json.loads((self.home / self.trials[0]["folder"] / "report.json").read_text())
-        before = said["original"]
-        return {
-            "latency": before["latency_ms"]["median"],
-            "size": before["bytes"],
-            "macs": max(before["macs"], 1),
-        }[name]
 
     def _rank(self, trial: Mapping[str, Any]) -> tuple[float, ...]:
         """Smaller is better: limits missed, by how much, then what is minimized."""
@@ -618,7 +338,7 @@ class Search:
         near = ", ".join(f"{n} {v:.3g}x" for n, v in error.costs.items())
         asked = ", ".join(f"{n} <= {v:.3g}x" for n, v in limits.items())
         return BadInput(
-            f"reach {asked} in {self.target.name}",
+            f"reach {asked} in {self.way.target}",
             f"no plan comes nearer than about {near} of the original's",
             "Ask for less, or allow more techniques.",
         )
@@ -627,7 +347,7 @@ class Search:
 
     def _said(self, menu: Menu, best: Mapping[str, Any]) -> dict[str, Any]:
         """What the report says of the search."""
-        hidden = ("offers", "folder", "goals")
+        hidden = ("offers", "folder", "goals", "original")
         cut = [t for t in self.trials if t["offers"]]
         pairs = {
             "latency": [(t["predicted"]["latency"], t["latency"]) for t in cut],
@@ -637,8 +357,8 @@ class Search:
         return {
             "goals": self.wish.goals.model_dump(exclude_none=True),
             "minimize": self.wish.minimize,
-            "seconds": round(time.monotonic() - self.began, 1),
-            "macs": total(menu.base)[1],
+            "seconds": round(clock.monotonic() - self.began, 1),
+            "macs": total(menu.base)[0],
             "techniques": menu.verdicts,
             "options": [
                 {
@@ -647,8 +367,8 @@ class Search:
                     "knob": offer.option.knob,
                     "value": offer.option.value,
                     "deviation": offer.deviation,
-                    "macs": sum(each[1] for each in offer.layers.values())
-                    - sum(menu.base.get(path, (0, 0, 0))[1] for path in offer.layers),
+                    "macs": sum(macs for macs, _ in offer.layers.values())
+                    - sum(menu.base.get(path, NOTHING)[0] for path in offer.layers),
                     "taken": [offer.option.technique.name, offer.option.place, offer.option.value]
                     in best["offers"],
                 }
@@ -720,18 +440,3 @@ def read_result(task: Task, folder: Path) -> Result:
     model: nn.Module = artifact.decode(data, copy.deepcopy(task.model))
     readings = json.loads((folder / "report.json").read_text())
     return Result(model, Recipe.read(folder / "recipe.yaml"), readings, task.example, {})
-
-
-def _bare(step: Technique) -> Technique:
-    """The step without new BatchNorm statistics: time does not depend on them."""
-    few = {"calibrate": 0} if "calibrate" in type(step).model_fields else {}
-    return step.model_copy(update=few)
-
-
-def _attempt(step: Technique, work: Work) -> None:
-    """Apply a step; one that is refused leaves the network as it was."""
-    try:
-        if all(need.met(work.task) for need in step.needs - {Need.VALIDATION}):
-            step.apply(work)
-    except Refused as error:
-        work.notes.append(f"{step.name} was refused: {error}")

@@ -14,7 +14,7 @@ Helps when: linear layers are wide and bytes matter: one term of a 300x784 layer
 Hurts when: layers are small, as changes of layout cost more than they save; strong saving needs a
     training behind it (FineTune).
 Needs: nothing. Costs: an eigenvalue problem, no larger than sqrt(mn), for each pair of divisors of
-    m and n: seconds for 300x784, minutes for 4096x4096 (`shape` spares the search).
+    m and n, so that the search is slow for wide layers (`shape` spares it).
 Departures: for each layer the shape of the factors is the one with the smallest error at the
     parameters allowed. Outer products (A a column, B a row) are left to Svd. Convolutions stay.
 """

@@ -15,7 +15,7 @@ Papers: Wortsman et al. 2022 (average), Shoemake 1985 (slerp), Ilharco et al. 20
 Helps when: siblings were fine-tuned from one network: on other data, for other tasks, with other
     seeds.
 Hurts when: they were trained apart, each from values of its own: between them the loss is high,
-    and `match` lowers it far enough in wide networks alone.
+    and by the paper `match` lowers it far enough in wide networks alone.
 Needs: Task.siblings; statistics data for new BatchNorm statistics.
 Costs: a pass over the statistics data; with `match` some assignments for each group of channels.
 Departures: slerp goes tensor by tensor, and in a straight line where the ends have one direction

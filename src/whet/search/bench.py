@@ -1,0 +1,277 @@
+"""Where plans are carried out and measured: tries, timed random plans, trials with a recovery.
+
+Every measurement is a row in the workspace, under a name made of what it depends on.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from whet import catalog, runner
+from whet.checkpoint import Rows, fingerprint
+from whet.errors import Disagrees, Refused, TargetFailed
+from whet.measure import latency
+from whet.recipe import Recipe
+from whet.rungs.sensitivity import answers
+from whet.runner import Settings
+from whet.search import plan as plans
+from whet.search.costs import Profile
+from whet.search.menu import About, Menu, Tries, counts, draw
+from whet.search.plan import Plan
+from whet.search.wish import Wish, finishing
+from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.target import Target
+from whet.task import Task, evaluate, limited
+from whet.technique import Technique, Work
+
+EXAMPLES = 256  # of each try
+PROFILES = 6  # random plans that are timed
+SHARES = {"short": 0.08, "long": 0.25}  # of the time, for the recovery of one trial
+TIMES = SHARES["long"] / SHARES["short"]
+TRYING = 0.3  # of the time, that the tries of one technique may take
+PATIENCE = 600.0  # seconds that the tries of one technique may take, where no time is given
+STEPS = 8  # to learn what a training step costs
+RATES = (0.05, 0.01, 0.002)
+TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a plan ends, and where it runs.
+
+    Args:
+        finish: one of `FINISHES`.
+        target: the runtime's name.
+    """
+
+    finish: str
+    target: str
+
+
+class Bench:
+    """One network and its data, under one wish.
+
+    Args:
+        task: with test data, which is never read here.
+        wish: what is asked for.
+        settings: the workspace among them.
+        rows: what was measured before.
+    """
+
+    def __init__(self, task: Task, wish: Wish, settings: Settings, rows: Rows) -> None:
+        assert settings.workspace is not None
+        self.task, self.wish, self.settings = dataclasses.replace(task, test=None), wish, settings
+        self.rows, self.home = rows, settings.workspace
+        self.network = fingerprint(task.model)
+
+    def menu(self, wanted: set[str], targets: list[Target]) -> Menu:
+        """Every option alone: see `menu.draw`."""
+        batches = self.task.statistics() or self.task.validation or []
+        known = answers(self.task.model, list(limited(batches, EXAMPLES)), EXAMPLES)
+        patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
+        about = About(targets, self.settings.seed, patience)
+        name = f"{self.network} {self.settings.seed}"
+        tries = Tries(self.task, known, self.rows, name, about)
+        only = None if self.wish.techniques is None else list(self.wish.techniques)
+        return draw(tries, wanted, self.settings.tell, only)
+
+    def profiles(self, menu: Menu, way: Way) -> list[Profile]:
+        """The untouched network and some random plans, in the runtime, each layer timed."""
+        chance = random.Random(self.settings.seed)
+        groups = plans.bundles(menu)
+        picks: list[plans.Bundle] = [()]
+        for turn in range(PROFILES):
+            share = (turn + 1) / PROFILES  # from few changes to many
+            picks.append(
+                plans.flat(
+                    group[chance.randrange(1, len(group))] if chance.random() < share else ()
+                    for group in groups
+                )
+            )
+        found = []
+        for done, pick in enumerate(picks):
+            self.settings.tell("time random plans", done, len(picks))
+            steps = [_bare(step) for step in plans.steps(pick)]
+            name = f"profile {Recipe(steps).yaml()} {self.network} {way} {self.settings.threads}"
+            row = self.rows.get(name, lambda steps=steps: self._profile(steps, way))
+            found += [] if row is None else [Profile.of(row)]
+        return found
+
+    def _profile(self, steps: Sequence[Technique], way: Way) -> dict[str, Any] | None:
+        target = catalog.target(way.target)
+        work = self._work(target)
+        try:
+            for step in steps:
+                step.apply(work)
+        except Refused:
+            return None  # the plan was a random one
+        layers = counts(work.model, self.task.example)
+        for step in finishing(way.finish):
+            few = {"examples": 32} if "examples" in type(step).model_fields else {}
+            _attempt(step.model_copy(update=few), work)
+        inputs, threads = as_arrays(self.task.example), self.settings.threads
+        with tempfile.TemporaryDirectory(prefix="whet-") as name:
+            folder = Path(name)
+            net = Deployable(work.model, self.task.example, target)
+            file = net.write(folder / "plan.onnx")
+            first = Deployable(self.task.model, self.task.example, target)
+            original = first.write(folder / "original.onnx")
+            times = latency.by_layer(target, net, file, inputs, threads)
+            variants = [latency.Variant("before", original), latency.Variant("after", file)]
+            both = latency.time_together(target, variants, inputs, threads, 20)
+            return {
+                "layers": layers,
+                "times": times,
+                "latency": latency.compare(both["before"], both["after"])["value"],
+                "bytes": file.stat().st_size / original.stat().st_size,
+            }
+
+    # -- trials ------------------------------------------------------------------------------
+
+    def trial(self, plan: Plan, way: Way, kind: str) -> dict[str, Any]:
+        """Carry a plan out, recover, deploy and measure it on validation data.
+
+        Args:
+            plan: what to do; one that does nothing is not recovered.
+            way: how it ends.
+            kind: of the recovery, "short" or "long".
+
+        Returns:
+            What was measured, or why it "failed".
+        """
+        epochs = self._epochs(plan, kind)
+        options = [offer.option for offer in plan.offers]
+        recovery = [self._distill(plan, epochs)] if epochs else []
+        recipe = plans.recipe(plan.offers, recovery, finishing(way.finish))
+        where = f"{way.target} {self.settings.seed} {self.settings.threads}"
+        name = f"trial {recipe.yaml()} {where}"
+        folder = self.home / f"trial-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        told = {
+            "finish": way.finish,
+            "target": way.target,
+            "epochs": epochs,
+            "final": kind == "long",
+            "recipe": recipe.yaml(),
+            "deviation": plan.deviation,
+            "predicted": dict(plan.costs),
+            "offers": [[each.technique.name, each.place, each.value] for each in options],
+        }
+        readings = kind == "long" or not plan.offers
+        return told | self.rows.get(name, lambda: self._carried_out(recipe, way, folder, readings))
+
+    def _carried_out(
+        self, recipe: Recipe, way: Way, folder: Path, readings: bool
+    ) -> dict[str, Any]:
+        began, steps = time.monotonic(), folder.with_suffix(".steps")
+        options = self.options(way.target) | {
+            "step_readings": readings,
+            "rounds": max(10, self.settings.rounds // 2),
+            "workspace": steps,
+            "resume": steps.exists(),
+        }
+        try:
+            result = runner.apply(recipe, self.task, **options)
+        except (TargetFailed, Disagrees) as error:
+            return {"failed": str(error)}
+        shutil.rmtree(folder, ignore_errors=True)
+        result.save(folder)
+        shutil.rmtree(steps, ignore_errors=True)
+        said, ratios = result.readings, result.readings["ratios"]
+        return {
+            "folder": folder.name,
+            "drop": ratios["drop"],
+            "latency": ratios["latency"]["value"],
+            "size": ratios["bytes"],
+            "macs": ratios["macs"],
+            "goals": said["goals"],
+            "original": {
+                "latency": said["original"]["latency_ms"]["median"],
+                "size": said["original"]["bytes"],
+                "macs": max(said["original"]["macs"], 1),
+            },
+            "seconds": round(time.monotonic() - began, 1),
+        }
+
+    def options(self, target: str) -> dict[str, Any]:
+        """What the runner is told."""
+        own = ("goals", "threads", "seed", "rounds", "tell")
+        return {"target": target} | {name: getattr(self.settings, name) for name in own}
+
+    # -- recovery ----------------------------------------------------------------------------
+
+    def _epochs(self, plan: Plan, kind: str) -> float:
+        """Epochs of a recovery: as asked for, or what its share of the time is enough for."""
+        if self.task.train is None or not plan.offers:
+            return 0.0
+        if self.wish.seconds is None:
+            return round(self.wish.epochs * (TIMES if kind == "long" else 1.0), 3)
+        batches = len(self.task.train)  # type: ignore[arg-type]
+
+        def measured() -> list[float]:
+            work = self._cut(plan)
+            few = catalog.technique("Distill", {"epochs": STEPS / batches})
+            began = time.monotonic()
+            _attempt(few, work)
+            return [(time.monotonic() - began) / STEPS, plan.costs["macs"]]
+
+        step, share = self.rows.get(f"step {self.network}", measured)
+        step *= _work_of(plan.costs["macs"]) / _work_of(share)
+        return round(max(self.wish.seconds * SHARES[kind] / (step * batches), 1e-3), 3)
+
+    def _distill(self, plan: Plan, epochs: float) -> Technique:
+        """The recovery, at the rate that brought the first plan furthest in a few steps."""
+
+        def measured() -> float:
+            few = list(limited(self.task.validation or [], 1000))
+            metric, found = self.task.measure, {}
+            for rate in RATES:
+                self.settings.tell("choose the learning rate", len(found), len(RATES))
+                work = self._cut(plan)
+                share = min(1.0, 0.1 * self.wish.epochs)
+                _attempt(catalog.technique("Distill", {"epochs": share, "lr": rate}), work)
+                worth = evaluate(work.model, few, metric)
+                found[rate] = worth if metric.better == "higher" else -worth
+            return max(RATES, key=lambda rate: found[rate])
+
+        rate = self.rows.get(f"rate {self.network}", measured)
+        return catalog.technique("Distill", {"epochs": epochs, "lr": rate})
+
+    def _cut(self, plan: Plan) -> Work:
+        """The network cut, for a training that does not look at validation data."""
+        runner.seed_all(self.settings.seed, self.task)
+        work = self._work()
+        for step in plans.steps(plan.offers):
+            _attempt(step, work)
+        work.task = dataclasses.replace(self.task, validation=None)
+        return work
+
+    def _work(self, *targets: Target) -> Work:
+        return Work(copy.deepcopy(self.task.model), self.task.model, self.task, targets=targets)
+
+
+def _work_of(macs: float) -> float:
+    """What a training step of a student takes, over that of the whole network."""
+    return TEACHER + (1 - TEACHER) * macs
+
+
+def _bare(step: Technique) -> Technique:
+    """The step without new BatchNorm statistics: time does not depend on them."""
+    few = {"calibrate": 0} if "calibrate" in type(step).model_fields else {}
+    return step.model_copy(update=few)
+
+
+def _attempt(step: Technique, work: Work) -> None:
+    """Apply a step; one that is refused leaves the network as it was."""
+    try:
+        step.apply(work)
+    except Refused as error:
+        work.notes.append(f"{step.name} was refused: {error}")
