@@ -6,10 +6,12 @@ import re
 
 import pytest
 import torch
+from torch import nn
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from whet.errors import Refused
-from whet.graph import surgery
+from whet.graph import surgery, trace
+from whet.rungs.layers import weights
 from whet.technique import Work
 
 torch.set_num_threads(1)
@@ -71,3 +73,35 @@ def refuses():
         assert all(torch.equal(state[name], now[name]) for name in state)
 
     return check
+
+
+@pytest.fixture
+def factored():
+    """(work, [(layer, its factors, how many weights these have)]) of a technique that factors.
+
+    Every layer is factored or named with the reason, work falls by `saving` at least, and the edits
+    replay on a fresh network to the same bits.
+    """
+
+    def call(task, technique):
+        work = applied(task, technique)
+        old, new = (trace.macs(model, task.example) for model in (task.model, work.model))
+        pairs = []
+        for path, module in weights(task.model):
+            twin = work.model.get_submodule(path)
+            said = (note.startswith(f"{path} stays") or f"'{path}'" in note for note in work.notes)
+            named = any(said)
+            assert isinstance(twin, nn.Sequential) != named, path
+            if not named:
+                assert new[path] <= (1 - technique.saving) * old[path]
+                count = sum(p.numel() for p in twin.parameters() if p.ndim > 1)
+                pairs.append((module, twin, count))
+        assert pairs
+        fresh = copy.deepcopy(task.model)
+        surgery.replay(fresh, surgery.structure(work.model))
+        fresh.load_state_dict(work.model.state_dict())
+        with torch.no_grad():
+            assert torch.equal(fresh(*task.example), work.model(*task.example))
+        return work, pairs
+
+    return call

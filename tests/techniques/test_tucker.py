@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from whet.graph import surgery, trace
+from whet.graph import trace
 from whet.rungs.factors import Layer, thin
-from whet.rungs.layers import weights
 from whet.techniques.factorize.tucker import Tucker, onto, tucker, unfolded
 from whet.testing import NETWORKS, tiny_task
 
@@ -112,30 +111,12 @@ def kept(new, old):
 
 @pytest.mark.parametrize("energy", [0.4, 0.6])
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n.endswith("cnn")])
-def test_it_factors_where_both_parameters_and_work_fall(apply, name, energy):
-    task = tiny_task(name)
-    work = apply(task, Tucker(energy=energy, saving=0.15))
-    old, new = (trace.macs(model, task.example) for model in (task.model, work.model))
-    done = 0
-    for path, module in weights(task.model):
-        twin = work.model.get_submodule(path)
-        named = any(note.startswith(f"{path} stays") or f"'{path}'" in note for note in work.notes)
-        assert isinstance(twin, nn.Sequential) != named, path
-        if named:
-            continue
-        done += 1
-        assert new[path] <= 0.85 * old[path]
-        assert (
-            sum(p.numel() for p in twin.parameters() if p.ndim > 1) <= 0.8 * module.weight.numel()
-        )
+def test_it_factors_where_both_parameters_and_work_fall(factored, name, energy):
+    work, pairs = factored(tiny_task(name), Tucker(energy=energy, saving=0.15))
+    for module, twin, count in pairs:
+        assert count <= 0.8 * module.weight.numel()
         assert kept(twin, module) >= 1 - 2 * (1 - energy) - 1e-5
-    assert done
-    assert work.notes[-1] == f"factored {done} layers."
-    fresh = copy.deepcopy(task.model)
-    surgery.replay(fresh, surgery.structure(work.model))
-    fresh.load_state_dict(work.model.state_dict())
-    with torch.no_grad():
-        assert torch.equal(fresh(*task.example), work.model(*task.example))
+    assert work.notes[-1] == f"factored {len(pairs)} layers."
 
 
 def test_a_stride_makes_the_first_layer_dear(apply):
