@@ -11,7 +11,7 @@ def trial(drop: float, latency: float, taken: bool = False, **others: Any) -> di
         "target": "onnxruntime",
         "epochs": 1.0,
         "final": False,
-        "recipe": "steps: [L1Filters: {}]",
+        "recipe": "steps: [L1Filters: {only: ['<i>&']}]",
         "deviation": 0.1,
         "predicted": {},
         "drop": drop,

@@ -9,9 +9,11 @@ from whet.probe import Option
 from whet.search import plan as plans
 from whet.search.costs import Costs, Profile
 from whet.search.menu import Menu, Offer
+from whet.techniques.factorize.cp import Cp
 from whet.techniques.factorize.svd import Svd
 from whet.techniques.prune.dropblocks import DropBlocks
 from whet.techniques.prune.l1filters import L1Filters
+from whet.techniques.quantize.awq import Awq
 
 BASE = {f"{b}.{c}": (1000, 400) for b in ("x", "y") for c in ("1", "2")} | {"out": (100, 40)}
 
@@ -84,6 +86,14 @@ def test_channels_of_one_technique_are_one_step_and_blocks_come_first():
     assert steps[0] == DropBlocks(amount=1.0, only=("x",))
     assert steps[1] == L1Filters(amount=0.0, amounts={"y.1": 0.25, "y.2": 0.5})
     assert steps[2] == Svd(energy=0.9, only=("out", "y.2"))
+
+
+def test_what_is_put_in_another_place_comes_after_what_names_the_old_one():
+    thin = {"y.1": (0, 0), "y.1.0": (200, 80)}
+    factor = Offer(Option(Cp(ratio=0.5, only=("y.1",)), "y.1", "ratio", 0.5), 0.1, thin)
+    codes = Offer(Option(Awq(bits=4, only=("y.2",)), "y.2", "bits", 4), 0.1, {"y.2": (1000, 50)})
+    steps = plans.steps([codes, factor, cut("y.1", 0.25, 0), dropped("x", 0)])
+    assert [step.name for step in steps] == ["DropBlocks", "L1Filters", "Cp", "Awq"]
 
 
 def test_nothing_cut_is_not_recovered():

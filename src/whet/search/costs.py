@@ -114,13 +114,11 @@ class Costs:
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """a, b of y ~ a x + b, neither negative; through the origin where one point is all."""
+    """a, b of y ~ a x + b, neither negative; else through the origin."""
     first, second = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if np.ptp(first) > 0:
         a, b = np.polyfit(first, second, 1)
         if a >= 0 and b >= 0:
             return float(a), float(b)
-        if a < 0:
-            return 0.0, float(second.mean())
     square = float(first @ first)
     return (float(first @ second) / square if square else 0.0), 0.0
