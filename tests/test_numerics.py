@@ -163,3 +163,15 @@ def test_how_numbers_are_made_whole():
     assert all(
         torch.equal(numerics.integers(exact, how), exact) for how in ("truncate", "stochastic")
     )
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 4, 9)])
+def test_halves_are_the_nearest_product_of_a_rank_and_share_its_size(shape):
+    W = torch.randn(shape, dtype=torch.float64)
+    sigma = torch.linalg.svdvals(W)
+    for rank in range(1, min(shape[-2:]) + 2):
+        a, b = numerics.halves(W, rank)
+        error = (W - a @ b).square().sum((-2, -1))
+        torch.testing.assert_close(error, sigma[..., rank:].square().sum(-1))
+        torch.testing.assert_close(a.square().sum((-2, -1)), b.square().sum((-2, -1)))
+        assert a.shape[-1] == b.shape[-2] == min(rank, *shape[-2:])

@@ -200,6 +200,21 @@ def inverse_factor(H: Tensor, damp: float) -> Tensor:
         ridge = ridge * 10
 
 
+def halves(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """U_r S_r^1/2 and S_r^1/2 V_r^T, whose product of rank r is nearest to W (Eckart and Young).
+
+    Args:
+        W: [..., m, n].
+        rank: r at most.
+
+    Returns:
+        [..., m, r] and [..., r, n].
+    """
+    U, sigma, Vt = torch.linalg.svd(W, full_matrices=False)
+    root = sigma[..., :rank].sqrt()
+    return U[..., :rank] * root[..., None, :], root[..., None] * Vt[..., :rank, :]
+
+
 def output_error(D: Tensor, H: Tensor) -> Tensor:
     """E |D x|^2 of each output: the diagonal of D H D^T, [out]."""
     return ((D @ H) * D).sum(dim=1)

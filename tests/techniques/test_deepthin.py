@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from torch import nn
 
 from whet import artifact, catalog, packed
+from whet.numerics import halves
 from whet.targets.onnxfile import Deployable
 from whet.techniques.distill.finetune import FineTune
-from whet.techniques.factorize.deepthin import DeepThin, layout, nearest, rank
+from whet.techniques.factorize.deepthin import DeepThin, layout, rank
 from whet.techniques.prune.magnitude import Magnitude
 from whet.testing import tiny_task
 
@@ -63,7 +64,7 @@ def test_a_planted_product_is_recovered(apply, m, n):
 @pytest.mark.parametrize("r", [1, 3, 5])
 def test_the_squared_error_is_the_tail_of_the_spectrum(r):
     matrix = torch.randn(12, 9, dtype=torch.float64)
-    left, right = nearest(matrix, r)
+    left, right = halves(matrix, r)
     tail = torch.linalg.svdvals(matrix)[r:].square().sum()
     torch.testing.assert_close((left @ right - matrix).square().sum(), tail)
 

@@ -24,11 +24,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from whet import packed
+from whet import numerics, packed
 from whet.errors import Refused
 from whet.graph.ledger import Grid
 from whet.rungs.layers import LayerTechnique, weights
@@ -59,7 +58,7 @@ class DeepThin(LayerTechnique):
             rows, columns = layout(m, n) if self.relayout else (m, n)
             r = rank(m * n, rows + columns, self.share)
             if r * (rows + columns) < m * n:
-                left, right = nearest(weight.reshape(rows, columns), r)
+                left, right = numerics.halves(weight.reshape(rows, columns), r)
                 packed.install(module, "weight", packed.LowRank(left, right, weight.shape))
                 factored += 1
             else:
@@ -85,10 +84,3 @@ def layout(m: int, n: int) -> tuple[int, int]:
 def rank(values: int, edges: int, share: float) -> int:
     """The largest r with r (m' + n') <= share m n, and at least 1."""
     return max(1, int(share * values + 1e-9) // edges)
-
-
-def nearest(matrix: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """X_f [m', r] and W_f [r, n'] whose product is nearest to a matrix [m', n']."""
-    u, sigma, vt = torch.linalg.svd(matrix, full_matrices=False)
-    root = sigma[:r].sqrt()
-    return u[:, :r] * root, root[:, None] * vt[:r]

@@ -28,7 +28,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet import packed
+from whet import numerics, packed
 from whet.errors import Refused
 from whet.graph import placeable, surgery
 from whet.graph.ledger import Grid
@@ -147,9 +147,8 @@ def spectrum(weight: Tensor, shape: Shape) -> Tensor:
 def nearest(weight: Tensor, shape: Shape, r: int) -> tuple[Tensor, Tensor]:
     """A [r, m1, n1] and B [r, m2, n2], whose sum of Kronecker products is nearest to W."""
     m1, n1, m2, n2 = shape
-    u, sigma, vt = torch.linalg.svd(rearranged(weight, shape), full_matrices=False)
-    root = sigma[:r, None].sqrt()
-    return (root * u.T[:r]).reshape(r, m1, n1), (root * vt[:r]).reshape(r, m2, n2)
+    a, b = numerics.halves(rearranged(weight, shape), r)
+    return a.T.reshape(r, m1, n1), b.reshape(r, m2, n2)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from whet import numerics
 from whet.graph import placeable
 from whet.rungs.substitution import SubstituteTechnique, regress
 
@@ -56,10 +57,8 @@ def factors(weight: Tensor, terms: int, groups: int = 1) -> tuple[Tensor, Tensor
         groups: of the convolution.
     """
     W = weight.flatten(2).unflatten(0, (groups, -1)).transpose(1, 2)  # [groups, in, out, places]
-    u, sigma, vt = torch.linalg.svd(W, full_matrices=False)
-    root = sigma[..., :terms].sqrt()
-    d = (root[..., None] * vt[..., :terms, :]).flatten(0, 2)
-    p = (u[..., :terms] * root[..., None, :]).transpose(1, 2)  # [groups, out, in, terms]
+    p, d = numerics.halves(W, terms)
+    p, d = p.transpose(1, 2), d.flatten(0, 2)  # [groups, out, in, terms] and [(all), places]
     return d.reshape(len(d), 1, *weight.shape[2:]), p.flatten(2).flatten(0, 1)
 
 
