@@ -17,6 +17,7 @@ import torch
 
 import whet
 from whet import catalog, cli, runner
+from whet.search import bench
 
 TASK = """
 import dataclasses
@@ -586,9 +587,12 @@ def test_a_folder_that_no_search_wrote(words, run: Run, here: Path):
     assert "no search wrote it" in err or "trials that are kept there: none" in err
 
 
-def test_goals_alone_search_and_explain_says_why(run: Run, here: Path):
+def test_goals_alone_search_and_explain_says_why(
+    run: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench, "PROFILES", 1)
     command = ["compress", "t.py:task", "--macs", "0.7x", "--rounds", "5", "--trials", "1"]
-    command += ["--technique", "L1Filters", "--finish", "float", "--epochs", "0.5"]
+    command += ["--technique", "L1Filters", "--finish", "float", "--epochs", "0.5", "--finals", "0"]
     status, out, err = run(*command)
     assert status == 0, err
     assert "trials/" in out

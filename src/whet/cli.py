@@ -255,6 +255,7 @@ def compress(
     ] = None,
     time: Annotated[str | None, typer.Option(help="Search: time for it, as 30m.")] = None,
     trials: Annotated[int, typer.Option(min=1, help="Search: plans to try.")] = 4,
+    finals: Annotated[int, typer.Option(min=0, help="Search: plans to recover longer.")] = 2,
     epochs: Annotated[
         float, typer.Option(help="Search: of a short recovery, where no --time is given.")
     ] = 1.0,
@@ -306,7 +307,7 @@ def compress(
         raise BadInput(f"search with {found}", "a recipe is given", "Leave one of them out.")
     loaded = load_task(task)
     if steps is None and (sought or (limits and loaded.validation is not None)):
-        options |= sought | {"trials": trials, "epochs": epochs}
+        options |= sought | {"trials": trials, "finals": finals, "epochs": epochs}
         options |= {"workspace": _workspace(output), "resume": resume}
         _deliver(
             lambda tell: searching.search(loaded, tell=tell, **options), output, force, as_json

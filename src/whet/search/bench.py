@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import os
 import random
 import shutil
 import tempfile
@@ -122,9 +123,7 @@ class Bench:
         with tempfile.TemporaryDirectory(prefix="whet-") as name:
             folder = Path(name)
             net = Deployable(work.model, self.task.example, target)
-            file = net.write(folder / "plan.onnx")
-            first = Deployable(self.task.model, self.task.example, target)
-            original = first.write(folder / "original.onnx")
+            file, original = net.write(folder / "plan.onnx"), self._original(target)
             times = latency.by_layer(target, net, file, inputs, threads)
             variants = [latency.Variant("before", original), latency.Variant("after", file)]
             both = latency.time_together(target, variants, inputs, threads, 20)
@@ -134,6 +133,14 @@ class Bench:
                 "latency": latency.compare(both["before"], both["after"])["value"],
                 "bytes": file.stat().st_size / original.stat().st_size,
             }
+
+    def _original(self, target: Target) -> Path:
+        """The untouched network's file, written once."""
+        file = self.home / f"original.{target.name}.onnx"
+        if not file.exists():
+            net = Deployable(self.task.model, self.task.example, target)
+            os.replace(net.write(file.with_name(f"partial.{file.name}")), file)
+        return file
 
     # -- trials ------------------------------------------------------------------------------
 
