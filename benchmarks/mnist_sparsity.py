@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("--dense-epochs", type=float)
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--scope", default="global", help="global, lamp or layer")
+    parser.add_argument("--end", type=float, default=0.7, help="where the schedule ends")
     parser.add_argument("--shift", type=int, default=1)
     parser.add_argument("--labels-only", action="store_true", help="do not learn from the parent")
     parser.add_argument("--grow", action="store_true", help="from a seed, with GrowAndPrune")
@@ -120,6 +122,8 @@ def main() -> None:
             lr=options.lr,
             optimizer="adamw",
             weight_decay=0.0,
+            scope=options.scope,
+            **({} if options.grow else {"end": options.end}),
         ).apply(work)
         row(task, work.model, time.perf_counter() - began)
 

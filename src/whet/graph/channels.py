@@ -177,15 +177,16 @@ def misfit(
 ) -> str:
     """What goes wrong when groups keep only what `choice` says, or "".
 
-    Copies are cut and masked and have to compute the same.
+    A copy is masked, then cut, and has to compute the same: what is cut is what was masked.
     """
-    small, masked = copy.deepcopy(model).eval(), baked(model)[0]
+    twin, forms = baked(model)
     outputs = []
     try:
-        for group, kept in choice:
-            cut(small, group, kept)
-            mask(masked, group, kept)
-        for twin in (small, masked):
+        for change in (mask, cut):
+            if forms and change is cut:  # a form is cut as it is, not as the weight it stands for
+                twin = copy.deepcopy(model).eval()
+            for group, kept in choice:
+                change(twin, group, kept)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 outputs.append(list(tensors_in(twin(*example))))

@@ -62,7 +62,8 @@ class ChannelTechnique(Technique):
     def apply(self, work: Work) -> None:
         whole = work.model  # as it was, should there be nothing to remove
         work.model = copy.deepcopy(whole)
-        for path in surgery.unfold_attention(work.model):
+        unfolded = surgery.unfold_attention(work.model)
+        for path in unfolded:
             work.notes.append(f"{path} has four linear layers now, so that it can lose heads.")
         groups = channels.find_groups(work.model, work.task.example)
         for group in [g for g in groups if g.fixed]:
@@ -71,7 +72,7 @@ class ChannelTechnique(Technique):
         evidence = self.evidence(work, groups)
         together = self.scope != "layer"
         plan = self._shared_plan(work.model, groups, evidence) if together else None
-        uncut, chosen = copy.deepcopy(work.model), []
+        uncut, chosen = copy.deepcopy(work.model) if unfolded else whole, []
         for done, group in enumerate(groups):
             if plan is None:
                 kept = self._lowest_cut(group, self.unit_scores(group, evidence))
