@@ -60,7 +60,7 @@ def lenet5() -> nn.Module:
 
 
 # densities, epochs of the dense training, epochs of each pruning
-SETTINGS = {lenet300: ((0.02, 0.01), 10, 20), lenet5: ((0.01, 0.005), 5, 12)}
+SETTINGS = {lenet300: ((0.02, 0.01), 10, 30), lenet5: ((0.01, 0.005), 5, 30)}
 
 
 def images(split: str) -> tuple[Tensor, Tensor]:
@@ -91,8 +91,8 @@ def main() -> None:
     parser.add_argument("--dense-epochs", type=float)
     parser.add_argument("--epochs", type=float)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--scope", default="global", help="global, lamp or layer")
-    parser.add_argument("--end", type=float, default=0.7, help="where the schedule ends")
+    parser.add_argument("--scope", default="lamp", help="lamp, global or layer")
+    parser.add_argument("--end", type=float, default=0.6, help="where the schedule ends")
     parser.add_argument("--shift", type=int, default=1)
     parser.add_argument("--labels-only", action="store_true", help="do not learn from the parent")
     parser.add_argument("--grow", action="store_true", help="from a seed, with GrowAndPrune")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from whet.rungs.layers import weights
-from whet.techniques.prune.lamp import Lamp, lamp
+from whet.rungs.layers import keep, lamp, weights
+from whet.techniques.prune.lamp import Lamp
 from whet.techniques.prune.magnitude import Magnitude
 from whet.testing import NETWORKS, tiny_task
 
@@ -72,3 +72,18 @@ def test_a_share_that_is_none_is_refused(refuses):
 def test_absurd_knobs_are_refused(knobs):
     with pytest.raises(ValidationError):
         Lamp(**knobs)
+
+
+def test_the_scope_ranks_by_these_scores_and_what_is_gone_goes_first():
+    scores = {"a": torch.rand(40), "b": 1e6 * torch.rand(30), "c": torch.rand(5)}
+    alone = {path: lamp(s) for path, s in scores.items()}
+    for path, mask in keep(scores, 0.6, "lamp").items():
+        assert torch.equal(mask, keep(alone, 0.6, "global")[path])
+    gone = {
+        path: torch.where(torch.arange(len(s)) < 4, -torch.inf, s) for path, s in scores.items()
+    }
+    masks = keep(gone, 12 / 75, "lamp")
+    assert all(not masks[path][:4].any() and masks[path][4:].all() for path in masks)
+    left = {path: lamp(s[4:]) for path, s in scores.items()}
+    for path, mask in keep(gone, 45 / 75, "lamp").items():
+        assert torch.equal(mask[4:], keep(left, 33 / 63, "global")[path])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,7 @@ UNSAFE = re.compile(
     r"^(set|set_|.*resize.*|.*empty.*|.*sparse.*|.*nested.*|.*fbgemm.*|.*mkldnn.*|.*cudnn.*"
     r"|.*miopen.*|quantized_.*|.*_file|.*backward.*|pin_memory)$"
 )
+INPUT = ["input"]
 MOST_NODES = 200_000
 DEEPEST = 8
 DTYPES = {
@@ -68,37 +69,63 @@ LAYOUTS = {str(m): m for m in (torch.contiguous_format, torch.preserve_format, t
 def describe(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The graph as JSON, which names its weights, and the constants that no state_dict holds.
 
+    A node stands as what it does; another that it reads, by how many nodes before it that is.
+
     Raises:
         BadInput: the network's outputs are not a tensor or a nest of tuples, lists and dicts, or
             it calls something else than an ATen operator that computes tensors.
     """
-    signature = program.graph_signature
-    names = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
-    kept = {n for n in names.values() if n not in signature.non_persistent_buffers}
-    names |= dict(signature.inputs_to_lifted_tensor_constants)
+    sources, constants = _sources(program)
     nodes: list[list[Any]] = []
-    constants: dict[str, Tensor] = {}
+    places: dict[Node, int] = {}
+
+    def write(node: Node, entry: list[Any]) -> None:
+        places[node] = len(nodes)
+        nodes.append(entry)
+
+    def read(*values: Any) -> list[Any]:
+        return [_plain(value, places, len(nodes)) for value in values]
+
     for node in program.graph.nodes:
-        if node.op == "placeholder":
-            if node.name in signature.inputs_to_parameters:
-                nodes.append([node.name, "weight", names[node.name]])
-            elif names.get(node.name) in kept:
-                nodes.append([node.name, "tensor", names[node.name]])
-            elif node.name in names:
-                constants[node.name] = program.constants[names[node.name]]  # type: ignore[assignment]
-                nodes.append([node.name, "constant"])
-            else:
-                nodes.append([node.name, "input"])
-        elif node.op == "call_function" and not _asserts(node):
-            arguments = [_plain(a) for a in node.args]
-            named = {k: _plain(v) for k, v in node.kwargs.items()}
-            nodes.append([node.name, _name(node.target), arguments, named])
+        if sources.get(node) == INPUT:  # all of them, in the order in which they are given
+            write(node, INPUT)
+        elif node.op == "output" or (node.op == "call_function" and not _asserts(node)):
+            kind = "" if node.op == "output" else _name(node.target)
+            for weight in node.all_input_nodes:
+                if weight not in places:
+                    write(weight, sources[weight])
+            if kind:
+                named = dict(zip(node.kwargs, read(*node.kwargs.values()), strict=True))
+                write(node, [kind, read(*node.args), *([named] if named else [])])
     output = next(n for n in program.graph.nodes if n.op == "output")
     spec = program.call_spec.out_spec
     assert spec is not None
     template = pytree.tree_unflatten([{"leaf": k} for k in range(spec.num_leaves)], spec)
-    graph = {"nodes": nodes, "outputs": _plain(output.args[0]), "template": _tree(template)}
+    graph = {"nodes": nodes, "outputs": read(*output.args)[0], "template": _tree(template)}
     return graph, constants
+
+
+def _sources(program: ExportedProgram) -> tuple[dict[Node, list[Any]], dict[str, Tensor]]:
+    """What each node that nobody computes stands for, and the constants among them."""
+    signature = program.graph_signature
+    names = dict(signature.inputs_to_parameters) | dict(signature.inputs_to_buffers)
+    kept = {n for n in names.values() if n not in signature.non_persistent_buffers}
+    names |= dict(signature.inputs_to_lifted_tensor_constants)
+    found: dict[Node, list[Any]] = {}
+    constants: dict[str, Tensor] = {}
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node.name in signature.inputs_to_parameters:
+            found[node] = ["weight", names[node.name]]
+        elif names.get(node.name) in kept:
+            found[node] = ["tensor", names[node.name]]
+        elif node.name in names:
+            constants[node.name] = program.constants[names[node.name]]  # type: ignore[assignment]
+            found[node] = ["constant", node.name]
+        else:
+            found[node] = INPUT
+    return found, constants
 
 
 def _asserts(node: Node) -> bool:
@@ -123,11 +150,11 @@ def _name(target: Any) -> str:
     )
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, places: Mapping[Node, int], here: int) -> Any:
     if isinstance(value, Node):
-        return {"node": value.name}
+        return {"node": here - places[value]}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, places, here) for item in value]
     if (isinstance(value, float) and value != value) or value in (float("inf"), float("-inf")):
         return {"float": str(value)}
     for kind in (torch.dtype, torch.device, torch.memory_format, torch.layout):
@@ -195,36 +222,36 @@ def _operator(name: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Ref:
-    """The value that an earlier call made."""
+    """The value that an earlier node made."""
 
-    name: str
+    place: int
 
 
 @dataclass(frozen=True)
 class _Call:
     """One call of the stored graph; `frees` are the values that nothing reads after it."""
 
-    name: str
+    place: int
     function: Any
     args: list[Any]
     kwargs: dict[str, Any]
-    frees: tuple[str, ...] = ()
+    frees: tuple[int, ...] = ()
 
 
-def _value(spec: Any, made: Set[str], depth: int = 0) -> Any:
+def _value(spec: Any, here: int, depth: int = 0) -> Any:
     if depth > DEEPEST:
         raise _refuse(f"an argument is nested more than {DEEPEST} deep")
     if isinstance(spec, list):
-        return [_value(item, made, depth + 1) for item in spec]
+        return [_value(item, here, depth + 1) for item in spec]
     if isinstance(spec, int) and abs(spec) >= 2**63:
         raise _refuse("an argument is larger than any whole number of torch")
     if not isinstance(spec, dict):
         return spec
     ((kind, name),) = spec.items()
     if kind == "node":
-        if name not in made:
-            raise _refuse(f"it reads {name!r} before it is made")
-        return _Ref(name)
+        if type(name) is not int or not 1 <= name <= here:
+            raise _refuse(f"node {here} reads what is made {name!r} nodes before it")
+        return _Ref(here - name)
     if kind == "float":
         return float(name)
     if kind == "dtype":
@@ -238,11 +265,11 @@ def _value(spec: Any, made: Set[str], depth: int = 0) -> Any:
     raise _refuse(f"an argument of kind {kind!r}")
 
 
-def _call(name: str, kind: Any, args: Any, kwargs: Any, made: Set[str]) -> _Call:
+def _call(place: int, kind: Any, args: Any, kwargs: Any) -> _Call:
     if not isinstance(args, list) or not isinstance(kwargs, dict):
-        raise _refuse(f"the arguments of {name!r} are malformed")
-    values = [_value(a, made) for a in args]
-    named = {key: _value(v, made) for key, v in kwargs.items()}
+        raise _refuse(f"the arguments of node {place} are malformed")
+    values = [_value(a, place) for a in args]
+    named = {key: _value(v, place) for key, v in kwargs.items()}
     if kind == "getitem":
         if (
             len(values) != 2
@@ -250,26 +277,26 @@ def _call(name: str, kind: Any, args: Any, kwargs: Any, made: Set[str]) -> _Call
             or not isinstance(values[0], _Ref)
             or type(values[1]) is not int
         ):
-            raise _refuse(f"the arguments of {name!r} are malformed")
-        return _Call(name, operator.getitem, values, named)
+            raise _refuse(f"the arguments of node {place} are malformed")
+        return _Call(place, operator.getitem, values, named)
     function = _operator(kind)
     known = [a.name for a in function._schema.arguments]
     if len(values) > len(known) or not set(named) <= set(known):
-        raise _refuse(f"{kind} has no such arguments as {name!r} gives it")
-    return _Call(name, function, values, named)
+        raise _refuse(f"{kind} has no such arguments as node {place} gives it")
+    return _Call(place, function, values, named)
 
 
-def _filled(spec: Any, values: Mapping[str, Any]) -> Any:
+def _filled(spec: Any, values: Mapping[int, Any]) -> Any:
     """`spec` with values in place of references."""
     if isinstance(spec, _Ref):
-        return values[spec.name]
+        return values[spec.place]
     return [_filled(item, values) for item in spec] if isinstance(spec, list) else spec
 
 
-def _read(spec: Any) -> set[str]:
-    """The names that `spec` refers to."""
+def _read(spec: Any) -> set[int]:
+    """The nodes that `spec` refers to."""
     if isinstance(spec, _Ref):
-        return {spec.name}
+        return {spec.place}
     return set().union(*map(_read, spec)) if isinstance(spec, list) else set()
 
 
@@ -277,9 +304,9 @@ def _freeing(calls: list[_Call], outputs: list[Any]) -> list[_Call]:
     """The calls, each with the values it is the last to read, so that memory is given back."""
     needed, found = _read(outputs), []
     for call in reversed(calls):
-        last = (_read(call.args) | _read(list(call.kwargs.values())) | {call.name}) - needed
+        last = (_read(call.args) | _read(list(call.kwargs.values())) | {call.place}) - needed
         needed |= last
-        found.append(_Call(call.name, call.function, call.args, call.kwargs, tuple(sorted(last))))
+        found.append(_Call(call.place, call.function, call.args, call.kwargs, tuple(sorted(last))))
     return found[::-1]
 
 
@@ -316,7 +343,7 @@ class Stored(nn.Module):
     """A network that runs a stored graph; made by `build`.
 
     Args:
-        inputs: the names of its inputs, flattened.
+        inputs: the nodes that are its inputs, flattened.
         calls: the calls in order.
         outputs: what it returns, flattened.
         template: how the outputs nest.
@@ -325,11 +352,11 @@ class Stored(nn.Module):
 
     def __init__(
         self,
-        inputs: list[str],
+        inputs: list[int],
         calls: list[_Call],
         outputs: list[Any],
         template: Any,
-        places: dict[str, str],
+        places: dict[int, str],
     ) -> None:
         super().__init__()
         self.inputs, self.calls, self.outputs = inputs, calls, outputs
@@ -341,12 +368,12 @@ class Stored(nn.Module):
         if len(given) != len(self.inputs):
             raise TypeError(f"the network takes {len(self.inputs)} inputs, {len(given)} were given")
         values = dict(zip(self.inputs, given, strict=True))
-        values |= {name: getattr(self, place) for name, place in self.names.items()}
+        values |= {node: getattr(self, name) for node, name in self.names.items()}
         for call in self.calls:
             named = {key: _filled(spec, values) for key, spec in call.kwargs.items()}
-            values[call.name] = call.function(*_filled(call.args, values), **named)
-            for name in call.frees:
-                del values[name]
+            values[call.place] = call.function(*_filled(call.args, values), **named)
+            for node in call.frees:
+                del values[node]
         return _assemble(self.template, _filled(self.outputs, values))
 
 
@@ -361,32 +388,28 @@ def build(
     nodes = description["nodes"]
     if len(nodes) > MOST_NODES:
         raise _refuse(f"it has {len(nodes)} calls")
-    made: set[str] = set()
     inputs, calls, held = [], [], {}
-    for name, kind, *rest in nodes:
-        if not isinstance(name, str) or name in made:
-            raise _refuse(f"it makes {name!r} twice")
+    for place, (kind, *rest) in enumerate(nodes):
         if kind == "input":
-            inputs.append(name)
+            inputs.append(place)
         elif kind in ("weight", "tensor"):
-            held[name] = tensors[rest[0]]
-            if kind == "weight" and held[name].is_floating_point():
-                held[name] = nn.Parameter(held[name])  # torch chooses kernels by what trains
+            held[place] = tensors[rest[0]]
+            if kind == "weight" and held[place].is_floating_point():
+                held[place] = nn.Parameter(held[place])  # torch chooses kernels by what trains
         elif kind == "constant":
-            held[name] = constants[name]
+            held[place] = constants[rest[0]]
         else:
-            arguments, named = rest
-            calls.append(_call(name, kind, arguments, named, made))
-        made.add(name)
-    outputs = _value(description["outputs"], made)
+            arguments, *named = rest
+            calls.append(_call(place, kind, arguments, *(named or [{}])))
+    outputs = _value(description["outputs"], len(nodes))
     if not isinstance(outputs, list):
         raise _refuse("it has no list of outputs")
     template = _checked(description["template"], len(outputs))
-    places = {name: f"t{k}" for k, name in enumerate(held)}
+    places = {node: f"t{k}" for k, node in enumerate(held)}
     network = Stored(inputs, _freeing(calls, outputs), outputs, template, places)
-    for name, tensor in held.items():
+    for node, tensor in held.items():
         if isinstance(tensor, nn.Parameter):
-            network.register_parameter(places[name], tensor)
+            network.register_parameter(places[node], tensor)
         else:
-            network.register_buffer(places[name], tensor)
+            network.register_buffer(places[node], tensor)
     return network

@@ -133,11 +133,32 @@ def keep_largest(score: Tensor, amount: float) -> Tensor:
 
 
 def keep(scores: dict[str, Tensor], amount: float, scope: str) -> dict[str, Tensor]:
-    """Masks that are False at the share `amount` of the lowest, of each layer or "global"."""
-    if scope == "global":
-        flat = torch.cat([s.reshape(-1) for s in scores.values()])
-        return split(keep_largest(flat, amount), scores)
-    return {path: keep_largest(s, amount) for path, s in scores.items()}
+    """Masks that are False at the share `amount` of the lowest.
+
+    Args:
+        scores: by layer; what is -inf goes first.
+        amount: the share.
+        scope: rank within each "layer"; all together, "global"; or all together by "lamp" scores.
+    """
+    if scope == "layer":
+        return {path: keep_largest(s, amount) for path, s in scores.items()}
+    if scope == "lamp":
+        held = {path: s.isfinite() for path, s in scores.items()}
+        scores = {
+            p: torch.where(held[p], lamp(s.where(held[p], 0.0)), s) for p, s in scores.items()
+        }
+    flat = torch.cat([s.reshape(-1) for s in scores.values()])
+    return split(keep_largest(flat, amount), scores)
+
+
+def lamp(weight: Tensor) -> Tensor:
+    """w_u^2 / sum over v not smaller of w_v^2, in the shape of `weight`."""
+    squares = weight.double().square().reshape(-1)
+    falling = squares.argsort(descending=True, stable=True)
+    sums = squares[falling].cumsum(0).clamp(min=torch.finfo(torch.double).tiny)
+    score = torch.empty_like(squares)
+    score[falling] = squares[falling] / sums
+    return score.reshape(weight.shape)
 
 
 def split(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:

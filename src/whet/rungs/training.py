@@ -125,7 +125,7 @@ class Masks:
 
         Args:
             amount: the share of all weights, those included that earlier steps took.
-            scope: rank within each "layer" or "global".
+            scope: rank within each "layer", "global" or by "lamp" scores.
             back: whether what is masked now may come back, by the value it had.
         """
         scores = {}
@@ -163,7 +163,8 @@ class TrainedPruner(LayerTechnique, TaughtTechnique):
 
     amount: Annotated[float, Field(ge=0, lt=1, description="share of the weights to zero")] = 0.8
     scope: Annotated[
-        Literal["layer", "global"], Field(description="rank within each layer or over all")
+        Literal["layer", "global", "lamp"],
+        Field(description="rank within each layer, over all, or over all by LAMP scores"),
     ] = "global"
 
     @abstractmethod
@@ -172,7 +173,7 @@ class TrainedPruner(LayerTechnique, TaughtTechnique):
 
     def apply(self, work: Work) -> None:
         counts = [module.weight.numel() for _, module in self.layers(work.model)]  # type: ignore
-        counts = [sum(counts)] if self.scope == "global" else counts
+        counts = counts if self.scope == "layer" else [sum(counts)]
         if not any(round(self.amount * count) for count in counts):
             raise Refused(
                 f"{self.name}(amount={self.amount})",

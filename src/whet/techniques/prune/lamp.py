@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
-from whet.rungs.layers import ScoreTechnique
+from whet.rungs.layers import ScoreTechnique, lamp
 
 
 class Lamp(ScoreTechnique):
@@ -29,13 +28,3 @@ class Lamp(ScoreTechnique):
 
     def score(self, weight: Tensor) -> Tensor:
         return lamp(weight)
-
-
-def lamp(weight: Tensor) -> Tensor:
-    """w_u^2 / sum over v not smaller of w_v^2, in the shape of `weight`."""
-    squares = weight.double().square().reshape(-1)
-    falling = squares.argsort(descending=True, stable=True)
-    sums = squares[falling].cumsum(0).clamp(min=torch.finfo(torch.double).tiny)
-    score = torch.empty_like(squares)
-    score[falling] = squares[falling] / sums
-    return score.reshape(weight.shape)
