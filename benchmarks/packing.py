@@ -23,6 +23,7 @@ from cifar10_resnet import cifar
 
 from whet import artifact, catalog
 from whet.codecs import choice, raw
+from whet.container import Opened
 from whet.measure.signature import signature
 from whet.task import Task
 from whet.technique import Work
@@ -54,11 +55,8 @@ def row(task: Task, work: Work) -> str:
     """The cells of one network."""
     chosen = artifact.encode(work.model, task.example)
     whole = artifact.encode(work.model, task.example, plain)
-    header, body = artifact._opened(whole)
-    arrays = [
-        (t.numpy(), e[5])
-        for t, e in zip(artifact._sections(header, body).values(), header["sections"], strict=True)
-    ]
+    opened = Opened(whole)
+    arrays = [(t.numpy(), opened.entries[name].bits) for name, t in opened.tensors()]
     coded, encoding = timed(lambda: [choice.smallest(a, bits) for a, bits in arrays])
     _, decoding = timed(
         lambda: [
@@ -66,7 +64,7 @@ def row(task: Task, work: Work) -> str:
             for (name, data), (a, bits) in zip(coded, arrays, strict=True)
         ]
     )
-    size = len(body) / 1e6
+    size = sum(a.nbytes for a, _ in arrays) / 1e6
     return " | ".join(
         [
             f"{len(whole):,}",
