@@ -503,6 +503,32 @@ def test_inspect(run: Run, here: Path):
     assert all(group.strip() for group in said["groups"])
 
 
+def test_pack_unpack_and_what_the_bytes_are(run: Run, here: Path, bad: Callable[..., None]):
+    state = {"a": torch.arange(6000.0), "b": torch.ones(3)}
+    torch.save(state, here / "w.pt")
+    status, out, err = run("pack", "w.pt", "-o", "w.whet")
+    sizes = [(here / name).stat().st_size for name in ("w.pt", "w.whet")]
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{sizes[0]:,} bytes became {sizes[1]:,}, 0.")
+    assert run("unpack", "w.whet", "-o", "again.pt")[0] == 0
+    again = torch.load(here / "again.pt", weights_only=True)
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    for command in (["pack", "w.pt", "-o", "w.whet"], ["unpack", "w.whet", "-o", "again.pt"]):
+        bad(*command, found="it exists. Choose another name, or give --force")
+        assert run(*command, "--force")[0] == 0
+    assert run("pack", "w.whet", "-o", "v.whet", "--smallest")[0] == 0
+    said = json.loads(run("inspect", "v.whet", "--json")[1])
+    assert said["bytes"] == (here / "v.whet").stat().st_size
+    status, out, _ = run("inspect", "v.whet")
+    assert status == 0
+    assert all(words in out for words in ("float32", "6000", "checksums", f"{said['bytes']:,}"))
+    (here / "bad.whet").write_bytes((here / "v.whet").read_bytes()[:-1])
+    bad("inspect", "bad.whet", found="truncated or altered")
+    bad("inspect", "no.whet", found="No such file")
+    bad("pack", "bad.whet", "-o", "x.whet", found="truncated or altered")
+    bad("pack", "t.py", "-o", "x.whet", found="it cannot be read")
+
+
 def test_probe(run: Run, here: Path, bad: Callable[..., None]):
     known = ["probe", "t.py:task", "--technique", "Magnitude", "--examples", "16"]
     status, out, err = run(*known, "--values", "0.5,0.9", "-o", "seen", "--json")
@@ -561,7 +587,8 @@ def test_targets(run: Run):
 
 def test_version_and_help(run: Run):
     assert run("--version") == (0, f"whet {whet.__version__}\n", "")
-    for command in ("", "demo", "inspect", "compress", "verify", "report", "techniques", "targets"):
+    for command in ("", "demo", "inspect", "compress", "verify", "report", "techniques", "targets",
+                    "pack", "unpack", "explain", "probe"):  # fmt: skip
         status, out, err = run(*[word for word in (command, "--help") if word])
         assert (status, err) == (0, "")
         assert "Usage: whet" in out

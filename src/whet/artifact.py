@@ -7,8 +7,6 @@ code in it, and only pure tensor operators are accepted.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from whet import container, packed
 from whet.codecs.choice import smallest
-from whet.container import Codec, Opened
+from whet.container import Codec, Opened, whole
 from whet.errors import BadInput, Damaged
 from whet.graph import program, surgery
 from whet.graph.trace import baked, export
@@ -29,18 +27,9 @@ MALFORMED += (AssertionError, MemoryError)
 
 def save(model: nn.Module, example: tuple[Any, ...], path: str | Path) -> None:
     """Write `model` with its forms, ledger and a self-contained graph; the file appears whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     data = encode(model, example)
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise BadInput(
-            f"write {path}", f"{error.strerror}", "Choose a folder that can be written."
-        ) from error
+    with whole(Path(path)) as file:
+        file.write(data)
 
 
 def encode(model: nn.Module, example: tuple[Any, ...], codec: Codec = smallest) -> bytes:

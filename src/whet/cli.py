@@ -24,9 +24,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from whet import catalog, inspection, runner
+from whet import catalog, inspection, packing, runner
 from whet import demo as demonstration
 from whet import probe as sensitivity
+from whet.codecs.choice import smallest as fast
+from whet.codecs.choice import thorough
 from whet.errors import BadInput, WhetError
 from whet.optional import installed, version
 from whet.recipe import Recipe, built_in
@@ -338,12 +340,22 @@ def _pick(
 
 @app.command()
 def inspect_(
-    task: TaskArgument, target: Target = "onnxruntime", threads: Threads = 1, as_json: Json = False
+    task: Annotated[
+        str, typer.Argument(metavar="TASK|FILE", help="TASK as above, or a .whet file")
+    ],
+    target: Target = "onnxruntime",
+    threads: Threads = 1,
+    as_json: Json = False,
 ) -> None:
     """Layers, parameters, MACs, bytes, share of measured latency, and coupled channels.
 
-    Example: `whet inspect my_task.py:task`
+    Of a file that ends in .whet: what its bytes are spent on.
+
+    Examples: `whet inspect my_task.py:task`, `whet inspect out/model.whet`
     """
+    if task.endswith(".whet"):
+        _contents(Path(task), as_json)
+        return
     loaded = load_task(task)
     loaded.check()
     found = inspection.look(loaded, catalog.target(target), threads)
@@ -370,6 +382,72 @@ def inspect_(
 
 
 app.registered_commands[-1].name = "inspect"
+
+
+def _contents(file: Path, as_json: bool) -> None:
+    """Print what the bytes of a packed file are spent on."""
+    try:
+        found = packing.contents(file.read_bytes())
+    except OSError as error:
+        todo = "Give a model.whet, or a file that whet pack wrote."
+        raise BadInput(f"inspect {file}", f"{error.strerror}", todo) from error
+    if as_json:
+        print(json.dumps(found))
+        return
+    table = Table("tensor", "type", "shape", "bits", "codec", "bytes", "uncoded", title=str(file))
+    for row in found["tensors"]:
+        shape = "x".join(map(str, row["shape"])) or "1"
+        sizes = [f"{row[key]:,.0f}" for key in ("bytes", "raw")]
+        table.add_row(row["name"], row["dtype"], shape, str(row["bits"]), row["codec"], *sizes)
+    out.print(table)
+    table = Table("bytes of", "", "share")
+    for kind, size in found["kinds"].items():
+        table.add_row(kind, f"{size:,.0f}", f"{size / found['bytes']:.1%}")
+    table.add_section()
+    table.add_row("the file", f"{found['bytes']:,}", "")
+    out.print(table)
+
+
+@app.command()
+def pack(
+    file: Annotated[
+        Path, typer.Argument(help="A .safetensors, a state_dict of torch.save, or a .whet file.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The packed file.")],
+    smallest: Annotated[
+        bool, typer.Option("--smallest", help="Try slow codecs too: about a second for 200 kB.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Make a file of weights smaller without loss; a model.whet is coded anew.
+
+    Examples: `whet pack weights.safetensors -o weights.whet`,
+    `whet pack out/model.whet -o small.whet --smallest`
+    """
+    _free(output, force)
+    packing.pack(file, output, thorough if smallest else fast)
+    before, after = file.stat().st_size, output.stat().st_size
+    out.print(f"{before:,} bytes became {after:,}, {after / before:.3f}x", highlight=False)
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A file that whet pack wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file of weights.")],
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+) -> None:
+    """Give back the tensors of a packed file, bit for bit, as the kind of file they came from.
+
+    Example: `whet unpack weights.whet -o weights.safetensors`
+    """
+    _free(output, force)
+    packing.unpack(file, output)
+    out.print(f"{output.stat().st_size:,} bytes in {escape(str(output))}", highlight=False)
+
+
+def _free(output: Path, force: bool) -> None:
+    if output.exists() and not force:
+        raise BadInput(f"write {output}", "it exists", "Choose another name, or give --force.")
 
 
 @app.command()

@@ -17,13 +17,18 @@ and gain nothing share the last section; their entries end with the bits.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
+import os
 import struct
+import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +47,7 @@ CRC = struct.Struct("<I")
 MOST_HEADER = 64 * 2**20
 MOST_TENSORS = 1_000_000
 MOST_DIMENSIONS, MOST_VALUES = 16, 2**48
+IN_MEMORY = 2**24  # bytes that wait in memory, not on disk
 SMALL = 4096  # bytes of a tensor that may share a section
 # types that NumPy lacks, and those of the same width that hold their bits
 SAME_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
@@ -69,14 +75,44 @@ class Entry(NamedTuple):
     length: int
 
 
+@contextlib.contextmanager
+def whole(target: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name when all of it is written."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        os.replace(temporary, target)
+    except OSError as error:
+        raise BadInput(
+            f"write {target}", f"{error.strerror}", "Choose a folder that can be written."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
 def encode(
     description: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor, int]],
     codec: Codec = smallest,
 ) -> bytes:
-    """A file of `tensors`, as (name, tensor, bits per value), and what is to be said of them.
+    """The bytes of `write`."""
+    file = io.BytesIO()
+    write(file, description, tensors, codec)
+    return file.getvalue()
+
+
+def write(
+    file: BinaryIO,
+    description: Mapping[str, Any],
+    tensors: Iterable[tuple[str, Tensor, int]],
+    codec: Codec = smallest,
+) -> None:
+    """Write `tensors`, as (name, tensor, bits per value), and what is to be said of them.
 
     Args:
+        file: open for writing; tensors are taken one by one, and no more than one is in memory.
         description: JSON; the keys "tensors" and "rest" are the file's own.
         tensors: integers of fewer bits than their type lie in 0 .. 2^bits - 1.
         codec: how an array is written.
@@ -85,27 +121,31 @@ def encode(
         BadInput: a tensor is of a type that cannot be stored.
     """
     listed: list[list[Any]] = []
-    shared: list[list[Any]] = []
-    blobs, rest = [], b""
-    for name, tensor, bits in tensors:
-        array, dtype = _array(name, tensor)
-        kind, blob = codec(array, bits)
-        entry = [name, dtype, list(array.shape), bits]
-        if kind == raw.NAME and len(blob) <= SMALL:
-            shared.append(entry)
-            rest += blob
-        else:
-            listed.append([*entry, kind, len(blob)])
-            blobs.append(blob)
-    header: dict[str, Any] = {"tensors": listed + shared}
-    if rest:
-        kind, blob = codec(np.frombuffer(rest, np.uint8), 8)
-        header["rest"] = [kind, len(blob)]
-        blobs.append(blob)
-    head = deflated(json.dumps(header | dict(description), separators=(",", ":")).encode())
-    sections = b"".join(CRC.pack(zlib.crc32(blob)) + blob for blob in blobs)
-    body = HEAD.pack(MAGIC, VERSION, 0, len(head)) + head + sections
-    return body + hashlib.sha256(body).digest()
+    rest: list[bytes] = []
+    with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as sections:
+        for name, tensor, bits in tensors:
+            array, dtype = _array(name, tensor)
+            kind, blob = codec(array, bits)
+            entry = [name, dtype, list(array.shape), bits]
+            if kind == raw.NAME and len(blob) <= SMALL:
+                listed.append(entry)
+                rest.append(blob)
+            else:
+                listed.append([*entry, kind, len(blob)])
+                sections.write(CRC.pack(zlib.crc32(blob)) + blob)
+        header: dict[str, Any] = {"tensors": listed}
+        if any(rest):
+            kind, blob = codec(np.frombuffer(b"".join(rest), np.uint8), 8)
+            header["rest"] = [kind, len(blob)]
+            sections.write(CRC.pack(zlib.crc32(blob)) + blob)
+        head = deflated(json.dumps(header | dict(description), separators=(",", ":")).encode())
+        checksum = hashlib.sha256()
+        sections.seek(0)
+        start = HEAD.pack(MAGIC, VERSION, 0, len(head)) + head
+        for piece in (start, *iter(lambda: sections.read(IN_MEMORY), b"")):
+            checksum.update(piece)
+            file.write(piece)
+    file.write(checksum.digest())
 
 
 def _array(name: str, tensor: Tensor) -> tuple[np.ndarray, str]:
@@ -153,7 +193,7 @@ class Opened:
         if length > len(view) - HEAD.size - 32:
             raise damaged(f"its header claims {length} bytes, more than there are")
         self.description = _inflated(view[HEAD.size : HEAD.size + length])
-        self.header_bytes = length
+        self.header_bytes, self.rest_bytes = length, 0
         self._body = view[HEAD.size + length : -32]
         self.entries: dict[str, Entry] = {}
         rest = self._listed(self.description.pop("tensors"), self.description.pop("rest", None))
@@ -200,7 +240,7 @@ class Opened:
             raise damaged("the entry of its small tensors is malformed") from error
         if not sound:
             raise damaged("the section of small tensors does not fit the file", "Do not trust it.")
-        self._small = shared
+        self._small, self.rest_bytes = shared, length
         return codec, at + CRC.size, length
 
     def _shared(self, codec: str, start: int, length: int) -> bytes:
@@ -213,6 +253,12 @@ class Opened:
         if CRC.unpack_from(self._body, start - CRC.size)[0] != zlib.crc32(blob):
             raise damaged(f"the checksum of {whose} does not match")
         return blob
+
+    @property
+    def frame_bytes(self) -> int:
+        """The bytes of the file that are neither header nor values."""
+        own = sum(bool(entry.codec) for entry in self.entries.values())
+        return HEAD.size + 32 + CRC.size * (own + bool(self.rest_bytes))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor; no other is decoded.
