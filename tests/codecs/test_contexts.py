@@ -15,6 +15,12 @@ from whet.errors import Damaged
 CHANCE = np.random.default_rng(0)
 
 
+def encode(values: np.ndarray, bits: int) -> bytes:
+    data = contexts.encode(values, bits)
+    assert data is not None
+    return data
+
+
 def sparse(shape: tuple[int, ...], density: float, bits: int) -> np.ndarray:
     chance = np.random.default_rng(1)
     codes = chance.integers(0, 1 << bits, shape)
@@ -31,7 +37,7 @@ def test_every_value_comes_back(shape: tuple[int, ...], bits: int):
     ]
     for values in [*arrays, sparse(shape, 0.3, bits)]:
         values = values.astype(np.int64).clip(0, (1 << bits) - 1).astype(np.uint8)
-        data = contexts.encode(values, bits)
+        data = encode(values, bits)
         for dtype in ("uint8", "int32"):
             again = contexts.decode(data, shape, dtype, bits)
             assert again.dtype == dtype
@@ -89,7 +95,7 @@ def test_a_context_that_tells_the_bit_is_heard():
 def test_independent_codes_cost_little_more_than_their_entropy(bits: int):
     values = np.minimum(CHANCE.geometric(0.4, (60, 60)) - 1, (1 << bits) - 1).astype(np.uint8)
     counts = np.bincount(values.reshape(-1))
-    assert 8 * len(contexts.encode(values, bits)) < 1.09 * entropy.entropy(counts) + 200
+    assert 8 * len(encode(values, bits)) < 1.09 * entropy.entropy(counts) + 200
 
 
 def test_rows_and_columns_of_their_own_make_it_smaller():
@@ -97,20 +103,20 @@ def test_rows_and_columns_of_their_own_make_it_smaller():
     chance = np.random.default_rng(3)
     row, column = chance.random((80, 1)) ** 4, chance.random((1, 90)) ** 2
     mask = (chance.random((80, 90)) < row * column).astype(np.uint8)
-    assert len(contexts.encode(mask, 1)) < 0.88 * len(entropy.encode(mask, 1))
+    assert len(encode(mask, 1)) < 0.88 * len(entropy.encode(mask, 1))
     scale = np.exp(chance.normal(0, 1.2, (80, 1)))
     codes = np.clip(np.rint(chance.normal(0, 6, (80, 90)) * scale), -127, 127) + 127
     codes = codes.astype(np.uint8)
-    assert len(contexts.encode(codes, 8)) < 0.92 * len(entropy.encode(codes, 8))
+    assert len(encode(codes, 8)) < 0.92 * len(entropy.encode(codes, 8))
 
 
 def test_dead_rows_and_columns_cost_next_to_nothing():
     live = CHANCE.integers(0, 4, (10, 10)).astype(np.uint8)
     wide = np.zeros((300, 10), np.uint8)
     wide[::30] = live
-    alone = len(contexts.encode(live, 2))
-    assert len(contexts.encode(wide, 2)) < alone + 30
-    assert len(contexts.encode(np.zeros((500, 800), np.uint8), 2)) < 20
+    alone = len(encode(live, 2))
+    assert len(encode(wide, 2)) < alone + 30
+    assert len(encode(np.zeros((500, 800), np.uint8), 2)) < 20
 
 
 def test_thorough_takes_the_smallest_of_all():
@@ -122,20 +128,20 @@ def test_thorough_takes_the_smallest_of_all():
         data = thorough(values, bits)[1]
         assert len(data) <= len(smallest(values, bits)[1])
         if bits <= 8 and values.size >= 64:
-            assert len(data) <= len(contexts.encode(values, bits))
+            assert len(data) <= len(encode(values, bits))
 
 
 def test_golden_bytes():
     """A file that was written once is read for ever."""
     values = ((np.arange(600) * 7919 % 101 < 9) * (np.arange(600) % 13)).reshape(20, 30)
-    data = contexts.encode(values.astype(np.uint8), 4)
+    data = encode(values.astype(np.uint8), 4)
     assert hashlib.sha256(data).hexdigest()[:16] == "531e17a95bc4fb8d"
     assert np.array_equal(contexts.decode(data, (20, 30), "uint8", 4), values)
 
 
 def test_damaged_bytes_are_told_or_read_as_codes_of_their_range():
     values = sparse((20, 30), 0.3, 3)
-    data = contexts.encode(values, 3)
+    data = encode(values, 3)
     told = 0
     for k in range(len(data)):
         bad = bytearray(data)
@@ -160,3 +166,14 @@ def test_damaged_bytes_are_told_or_read_as_codes_of_their_range():
 def test_what_no_encoder_writes_is_refused_at_once(shape: tuple[int, ...], dtype: str, bits: int):
     with pytest.raises(Damaged, match="are not coded by context"):
         contexts.decode(b"\0" * 50, shape, dtype, bits)
+
+
+def test_the_time_of_a_reader_is_bounded_by_the_bytes():
+    """An array of which nearly all is guessed rightly is not written so, and not read."""
+    values = np.zeros((150, 150), np.uint8)
+    values[0] = values[:, 0] = 1
+    assert contexts.encode(values, 1) is None
+    assert thorough(values, 1)[0] != contexts.NAME
+    assert contexts.encode(sparse((60, 60), 0.02, 1), 1) is not None
+    with pytest.raises(Damaged, match="guesses more bits than its bytes may hold"):
+        contexts.decode(bytes(41), (1000, 1000), "uint8", 1)

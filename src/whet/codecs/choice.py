@@ -35,4 +35,4 @@ def thorough(values: np.ndarray, bits: int) -> tuple[str, bytes]:
     if bits > contexts.MOST_BITS or not FEW <= values.size <= contexts.MOST_VALUES:
         return name, best
     coded = contexts.encode(values, bits)
-    return (contexts.NAME, coded) if len(coded) < len(best) else (name, best)
+    return (contexts.NAME, coded) if coded and len(coded) < len(best) else (name, best)

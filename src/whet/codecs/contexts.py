@@ -34,6 +34,8 @@ from whet.codecs.rans import damaged
 
 NAME = "context"
 MOST_BITS, MOST_VALUES = 8, 1 << 20
+# bits that are guessed for each byte of a section at most, so that a reader's time is bounded
+GUESSES_A_BYTE = 256
 ONE = 1 << 16  # the probability 1
 UNIT, FAR = 192, 2047  # st = 1 in its units, and its largest value
 MOST_SEEN = 255  # n_i grows no further, so that a guess may change
@@ -56,9 +58,10 @@ class Writer:
     """The encoder: low <= x <= high narrows with every bit."""
 
     def __init__(self) -> None:
-        self.low, self.high, self.out = 0, WHOLE, bytearray()
+        self.low, self.high, self.out, self.count = 0, WHOLE, bytearray(), 0
 
     def code(self, p: int, bit: int) -> int:
+        self.count += 1
         middle = self.low + ((self.high - self.low) * p >> 16)
         if bit:
             self.high = middle
@@ -86,8 +89,12 @@ class Reader:
     def __init__(self, data: bytes) -> None:
         self.data, self.low, self.high = data, 0, WHOLE
         self.x, self.at = int.from_bytes(data[:4].ljust(4, b"\0"), "big"), 4
+        self.left = most_guesses(data)
 
     def code(self, p: int, bit: int) -> int:
+        self.left -= 1
+        if self.left < 0:
+            raise damaged("it guesses more bits than its bytes may hold")
         middle = self.low + ((self.high - self.low) * p >> 16)
         if self.x <= middle:
             bit, self.high = 1, middle
@@ -100,6 +107,11 @@ class Reader:
             self.x = self.x << 8 & WHOLE | byte
             self.at += 1
         return bit
+
+
+def most_guesses(data: bytes) -> int:
+    """How many bits may be read from `data`."""
+    return GUESSES_A_BYTE * (len(data) + 16)
 
 
 class Guess:
@@ -151,13 +163,14 @@ def logistic() -> tuple[list[int], list[int]]:
     return squash, stretch
 
 
-def encode(values: np.ndarray, bits: int) -> bytes:
-    """Write codes in 0 .. 2^bits-1, at least one."""
+def encode(values: np.ndarray, bits: int) -> bytes | None:
+    """Write codes in 0 .. 2^bits-1, at least one; None where there is too little to write."""
     flat = values.reshape(-1).astype(np.int64)
     mode = int(np.bincount(flat).argmax())
     coder = Writer()
     _walk(Guess(coder), values.shape, bits, (flat - mode).tolist(), mode)
-    return bytes([mode]) + coder.finish()
+    data = coder.finish()
+    return bytes([mode]) + data if coder.count <= most_guesses(data) else None
 
 
 def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: int) -> np.ndarray:
