@@ -1,13 +1,11 @@
 """Tiny networks run fastest on one thread, and every test starts from the same random state."""
 
 import copy
-import functools
 import re
 
 import pytest
 import torch
 from torch import nn
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from whet.errors import Refused
 from whet.graph import surgery, trace
@@ -15,10 +13,6 @@ from whet.rungs.layers import weights
 from whet.technique import Work
 
 torch.set_num_threads(1)
-
-
-# torch parses its 500 translations anew for every export, for 1.4 s
-ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,11 @@ def worker(rank, world, folder):
 def run(request, tmp_path_factory):
     """What each of 2, then of 4 workers has seen."""
     folder = tmp_path_factory.mktemp("workers")
-    torch.multiprocessing.spawn(worker, (request.param, str(folder)), nprocs=request.param)
+    # what they need is imported once, by the process that all are forked from
+    torch.multiprocessing.set_forkserver_preload(["pytest", "torch._dynamo", "whet.distributed"])
+    torch.multiprocessing.start_processes(
+        worker, (request.param, str(folder)), nprocs=request.param, start_method="forkserver"
+    )
     return [torch.load(folder / f"{rank}.pt") for rank in range(request.param)]
 
 

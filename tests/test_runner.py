@@ -87,6 +87,16 @@ def test_a_refused_step_is_noted_and_the_run_goes_on(result: Result):
     assert {packed.Sparse, packed.Affine} <= kinds
 
 
+def test_the_last_step_reads_the_files_that_are_proved(result: Result):
+    last, now = result.readings["steps"][-1], result.readings["compressed"]
+    assert (last["bytes"], last["bytes_packed"]) == (now["bytes"], now["bytes_packed"])
+    assert now["bytes"] == len(result.files["model.onnx"])
+    assert now["bytes_packed"] == len(result.files["model.whet"])
+    start, was = result.readings["start"], result.readings["original"]
+    assert (start["bytes"], start["bytes_packed"]) == (was["bytes"], was["bytes_packed"])
+    assert last["bytes_packed"] < was["bytes_packed"]
+
+
 def test_goals_are_judged(result: Result):
     assert [(goal["name"], goal["met"]) for goal in result.readings["goals"]] == [
         ("drop", True), ("size", False),

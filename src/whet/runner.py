@@ -275,6 +275,8 @@ class _Run:
         self.notes: list[str] = []
         self.said: dict[str, Any] = {}
         self.workspace = settings.workspace
+        self.lowered: tuple[nn.Module, Path, Deployable] | None = None
+        self.encoded: tuple[nn.Module, bytes] | None = None
 
     # -- the steps ---------------------------------------------------------------------------
 
@@ -379,8 +381,17 @@ class _Run:
     # -- readings ----------------------------------------------------------------------------
 
     def _lower(self, model: nn.Module, stem: str) -> tuple[Path, Deployable]:
-        net = Deployable(model, self.task.example, self.target)
-        return net.write(self.folder / f"{stem}.onnx"), net
+        """Write the .onnx file of a network, or find it: the last step is read and then proved."""
+        if self.lowered is None or self.lowered[0] is not model:
+            net = Deployable(model, self.task.example, self.target)
+            self.lowered = model, net.write(self.folder / f"{stem}.onnx"), net
+        return self.lowered[1:]
+
+    def _encode(self, model: nn.Module) -> bytes:
+        """The bytes of model.whet, made once for the network that is read and then proved."""
+        if self.encoded is None or self.encoded[0] is not model:
+            self.encoded = model, artifact.encode(model, self.task.example)
+        return self.encoded[1]
 
     def _reading(self, model: nn.Module, label: str | None) -> dict[str, Any]:
         """Metric, size and time of the network as it is now, from its deployed file."""
@@ -394,7 +405,7 @@ class _Run:
         lap("export", began)
         said: dict[str, Any] = cost.totals(model, self.task.example)
         said["bytes"] = file.stat().st_size
-        said["bytes_packed"] = len(artifact.encode(model, self.task.example))
+        said["bytes_packed"] = len(self._encode(model))
         began = time.perf_counter()
         said["metric"] = self._metric(file)
         lap("verify", began)
@@ -442,7 +453,8 @@ class _Run:
         times = self._final_times(file)
         ratio = latency.compare(times["original"], times["compressed"])
         self.settings.tell("proof", 2, 3)
-        before = self._figures(self.parent, self.original, times["original"], None)
+        size = start["bytes_packed"]
+        before = self._figures(self.parent, self.original, times["original"], size)
         after = self._figures(model, file, times["compressed"], len(packed_bytes))
         readings = {
             "whet": VERSION,
@@ -486,7 +498,7 @@ class _Run:
 
     def _saved(self, model: nn.Module) -> bytes:
         """model.whet, after it was read back both ways and gave the same bits."""
-        data = artifact.encode(model, self.task.example)
+        data = self._encode(model)
         with torch.no_grad():
             # torch may take a fused kernel for a module that its graph does not name
             graph = trace.export(trace.baked(model)[0], self.task.example).module()
@@ -551,7 +563,7 @@ class _Run:
         return [{"name": n, "latency_ms": times[n].summary()} for n in others]
 
     def _figures(
-        self, model: nn.Module, file: Path, timing: latency.Timing, packed_bytes: int | None
+        self, model: nn.Module, file: Path, timing: latency.Timing, packed_bytes: int
     ) -> dict[str, Any]:
         split, batches = self.task.final()
         said: dict[str, Any] = {"metric": None}
@@ -569,8 +581,6 @@ class _Run:
                 "examples": reading.examples,
             }
             said["memory_mb"] = reading.memory_mb
-        if packed_bytes is None:
-            packed_bytes = len(artifact.encode(model, self.task.example))
         said |= {"bytes": file.stat().st_size, "bytes_packed": packed_bytes}
         return said | cost.totals(model, self.task.example) | {"latency_ms": timing.summary()}
 

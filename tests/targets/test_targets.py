@@ -15,6 +15,8 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 from torch import nn
+from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.onnx._internal.exporter._torchlib import _torchlib_registry
 
 from whet import catalog, numerics, packed
 from whet.errors import TargetFailed
@@ -170,6 +172,19 @@ def test_same_network_same_bytes(target: Target, nets: Nets, tmp_path: Path):
     net.write(tmp_path / "a")
     Deployable(copy.deepcopy(model), net.example, target).write(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_torchs_exporter_is_left_as_it_was(nets: Nets, monkeypatch: pytest.MonkeyPatch):
+    own = vars(ONNXRegistry)["from_torchlib"]
+    model, target = nn.Sequential(nn.Linear(3, 2)).eval(), catalog.target("onnxruntime")
+    monkeypatch.setattr(_torchlib_registry, "get_torchlib_ops", lambda: pytest.fail("read again"))
+    Deployable(model, (torch.ones(1, 3),), target)  # `nets` has been exported before
+    assert vars(ONNXRegistry)["from_torchlib"] is own
+
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: 1 / 0)
+    with pytest.raises(TargetFailed, match="ZeroDivisionError"):
+        Deployable(model, (torch.ones(1, 3),), target)
+    assert vars(ONNXRegistry)["from_torchlib"] is own
 
 
 def test_memory_timing_and_layers(target: Target, nets: Nets, tmp_path: Path):

@@ -14,6 +14,11 @@ CODECS: MappingProxyType[str, ModuleType] = MappingProxyType(
 FEW = 64  # values that no table pays for
 
 
+def plain(values: np.ndarray, bits: int) -> tuple[str, bytes]:
+    """The values as they stand."""
+    return raw.NAME, raw.encode(values, bits)
+
+
 def smallest(values: np.ndarray, bits: int) -> tuple[str, bytes]:
     """The name of the fast codec and what it wrote; `raw` where nothing is gained.
 

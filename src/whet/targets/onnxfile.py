@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import importlib
 import io
 import logging
 import re
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,11 +136,31 @@ def _owners(proto: ModelProto) -> dict[str, str]:
     return found
 
 
+@functools.cache
+def _registry(read: Callable[..., Any], **options: Any) -> Any:
+    return read(**options)
+
+
+@contextlib.contextmanager
+def _translations_read_once() -> Iterator[None]:
+    """torch reads its 500 translations anew at every export, for about a second; here once."""
+    kind = importlib.import_module("torch.onnx._internal.exporter._registration").ONNXRegistry
+    own = vars(kind)["from_torchlib"]
+    kind.from_torchlib = staticmethod(functools.partial(_registry, kind.from_torchlib))
+    try:
+        yield
+    finally:
+        kind.from_torchlib = own
+
+
 def _convert(
     program: ExportedProgram, forms: dict[str, packed.Packed], target: Target
 ) -> tuple[ModelProto, list[tuple[str, str]], int, int]:
     """The file, the values of calls in it, and what `Deployable` counts."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.ExitStack() as how:
+        how.enter_context(warnings.catch_warnings())
+        how.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        how.enter_context(_translations_read_once())
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         try:
