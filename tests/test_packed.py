@@ -330,6 +330,19 @@ def test_rewriting_replaces_the_leaf_and_keeps_the_tree():
     assert not bool(module.weight.any())
 
 
+def test_a_form_on_the_bias_of_a_copy_leaves_the_original_alone():
+    layer = nn.Linear(4, 3)
+    packed.install(layer, "weight", Dense(layer.weight))
+    x, twin = torch.randn(2, 4), copy.deepcopy(layer)
+    before = layer(x)
+    packed.install(twin, "bias", Dense(torch.ones(3)))
+    assert torch.equal(layer(x), before)
+    assert torch.equal(twin(x), before - layer.bias + 1)
+    packed.bake(twin)
+    assert type(twin) is nn.Linear
+    assert torch.equal(copy.deepcopy(layer)(x), before)
+
+
 def test_a_second_form_replaces_the_first():
     module = nn.Linear(10, 6)
     packed.install(module, "weight", Dense(torch.zeros(6, 10)))

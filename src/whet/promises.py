@@ -35,6 +35,8 @@ def promises(model: nn.Module) -> Promises:
     """What `model` has promised so far."""
     weights = {}
     for path, name, form in packed.forms(model):
+        if name == "bias":
+            continue  # where BatchNorm is folded, it is another one
         support = form.support()
         shape = tuple(getattr(model.get_submodule(path), name).shape)
         kept = None if support is None else support.clone()

@@ -43,10 +43,19 @@ def install(module: nn.Module, name: str, form: Packed) -> None:
     if parametrize.is_parametrized(module, name):
         module.parametrizations[name][0] = form  # type: ignore[index]
         return
+    if parametrize.is_parametrized(module):
+        _part(module)
     weight = getattr(module, name)
     delattr(module, name)
     module.register_buffer(name, weight.detach())
     parametrize.register_parametrization(module, name, form, unsafe=True)
+
+
+def _part(module: nn.Module) -> None:
+    """Give `module` a class of its own: copies share it, and a property put on it is theirs too."""
+    kind = type(module)
+    said = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    module.__class__ = type(kind.__name__, kind.__bases__, said)  # type: ignore
 
 
 def rewrite(module: nn.Module, name: str, pack: Callable[[Tensor], Packed]) -> None:

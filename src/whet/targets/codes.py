@@ -38,6 +38,8 @@ def codes_of(form: packed.Packed) -> Codes | None:
     if inside is None or inside.bits_wide > 8 or inside.axis not in (0, None):
         return None
     codes, support = inside.codes(), form.support()
+    if codes.ndim < 2:  # a bias is read as floats
+        return None
     if support is not None:
         codes = torch.where(support, codes, inside.grid(codes)[1])
     rows = codes.flatten(1)
