@@ -36,7 +36,7 @@ from whet.techniques.quantize.entropypenalized import EntropyPenalized
 
 NETWORKS = {"lenet300": lenet300, "lenet5": lenet5}
 # epochs of the float network; density and epochs of the pruning; rate and epochs after it
-SETTINGS = {"lenet300": (10, 0.04, 6, 11.0, 8), "lenet5": (5, 0.012, 3, 15.0, 7.5)}
+SETTINGS = {"lenet300": (10, 0.04, 6, 11.0, 8), "lenet5": (5, 0.004, 16, 3.0, 6)}
 
 
 def main() -> None:
