@@ -10,6 +10,7 @@ from torch import nn
 from whet.errors import Refused
 from whet.graph import surgery, trace
 from whet.rungs.layers import weights
+from whet.task import Metric
 from whet.technique import Work
 
 torch.set_num_threads(1)
@@ -31,6 +32,18 @@ def applied(task, *techniques):
 @pytest.fixture
 def apply():
     return applied
+
+
+@pytest.fixture
+def falling():
+    """A metric that is lower each time it is asked."""
+    asked = []
+
+    def measure(outputs, labels):
+        asked.append(0)
+        return -float(len(asked))
+
+    return Metric("late", measure)
 
 
 @pytest.fixture

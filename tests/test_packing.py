@@ -67,6 +67,14 @@ def test_every_type_and_shape_comes_back_bit_for_bit(suffix: str, tmp_path: Path
     )
 
 
+def test_the_older_format_of_torch_is_read(tmp_path: Path):
+    tensors = {"a": torch.arange(5.0)}
+    torch.save(tensors, tmp_path / "a.pt", _use_new_zipfile_serialization=False)
+    packing.pack(tmp_path / "a.pt", tmp_path / "a.whet")
+    packing.unpack(tmp_path / "a.whet", tmp_path / "b.pt")
+    assert torch.equal(torch.load(tmp_path / "b.pt", weights_only=True)["a"], tensors["a"])
+
+
 def test_weights_get_an_eighth_smaller_and_half_precision_a_quarter(tmp_path: Path):
     state = ResNet(8).state_dict()
     for dtype, most in ((torch.float32, 0.88), (torch.bfloat16, 0.75)):
@@ -110,6 +118,10 @@ def test_what_is_no_state_dict_is_refused_and_nothing_is_left(tmp_path: Path):
             (tmp_path / name).write_bytes(data)
             with pytest.raises(BadInput, match="it cannot be read: .*Give a .safetensors, or"):
                 packing.pack(tmp_path / name, target)
+    torch.save({"a": ResNet}, source)
+    with pytest.raises(BadInput, match="finds more than tensors in it") as caught:
+        packing.pack(source, target)
+    assert "weights_only" not in str(caught.value)
     for missing in ("no.pt", "no.safetensors"):
         with pytest.raises(BadInput, match="No such file"):
             packing.pack(tmp_path / missing, target)
@@ -127,7 +139,7 @@ def test_what_cannot_be_unpacked_is_said(tmp_path: Path):
         packing.unpack(source, target)
     for data in (b"", b"x", source.read_bytes()[:-1]):
         source.write_bytes(data)
-        with pytest.raises(Damaged):
+        with pytest.raises(Damaged, match=f"read {source}: "):
             packing.unpack(source, target)
     with pytest.raises(BadInput, match="No such file"):
         packing.unpack(tmp_path / "no.whet", target)
@@ -147,9 +159,7 @@ def test_a_network_is_coded_anew_with_every_codec(tmp_path: Path):
     assert torch.equal(artifact.load(tmp_path / "b.whet")(*task.example), want)
     packing.pack(tmp_path / "b.whet", tmp_path / "c.whet")
     assert (tmp_path / "c.whet").read_bytes() == (tmp_path / "a.whet").read_bytes()
-    codecs = {
-        row["codec"] for row in packing.contents((tmp_path / "b.whet").read_bytes())["tensors"]
-    }
+    codecs = {row["codec"] for row in packing.contents(tmp_path / "b.whet")["tensors"]}
     assert "context" in codecs
 
 
@@ -158,7 +168,7 @@ def test_the_bytes_of_a_file_add_up(tmp_path: Path):
         torch.save(dict(state), tmp_path / "a.pt")
         packing.pack(tmp_path / "a.pt", tmp_path / "a.whet")
         data = (tmp_path / "a.whet").read_bytes()
-        found = packing.contents(data)
+        found = packing.contents(tmp_path / "a.whet")
         assert sum(found["kinds"].values()) == pytest.approx(len(data)) == found["bytes"]
         assert [row["name"] for row in found["tensors"]] == list(Opened(data).entries)
         raws = {row["name"]: row["raw"] for row in found["tensors"]}

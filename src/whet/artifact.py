@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from whet import container, packed
 from whet.codecs.choice import smallest
-from whet.container import Codec, Opened, whole
+from whet.container import Codec, Opened, damaged, whole
 from whet.errors import BadInput, Damaged
 from whet.graph import program, surgery
 from whet.graph.trace import baked, export
@@ -83,7 +83,7 @@ def decode(data: bytes, into: nn.Module | None = None) -> nn.Module:
     """`load` from bytes."""
     opened = Opened(data)
     if not {"structure", "graph"} <= set(opened.description):
-        raise _damaged("it holds no network", "Take its tensors out with `whet unpack`.")
+        raise damaged("it holds no network", "Take its tensors out with `whet unpack`.")
     structure, graph = opened.description["structure"], opened.description["graph"]
     tensors = dict(opened.tensors())
     parts: dict[str, dict[str, Tensor]] = {}
@@ -100,17 +100,11 @@ def decode(data: bytes, into: nn.Module | None = None) -> nn.Module:
             dense = {name: form.dense().detach() for name, form in forms.items()}
             return program.build(graph, plain | dense, parts.get("", {}))
     except MALFORMED as error:
-        raise _damaged(
-            f"its parts do not fit together ({type(error).__name__}: {error})"
-        ) from error
+        raise damaged(f"its parts do not fit together ({type(error).__name__}: {error})") from error
     try:
         return _into(into, structure, forms, plain)
     except MALFORMED as error:
         raise _misfit(into, f"{type(error).__name__}: {error}") from error
-
-
-def _damaged(found: str, todo: str = "Get the file again from its source.") -> Damaged:
-    return Damaged("load model.whet", found, todo)
 
 
 def _into(

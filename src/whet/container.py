@@ -197,10 +197,10 @@ class Opened:
         self._body = view[HEAD.size + length : -32]
         self.entries: dict[str, Entry] = {}
         rest = self._listed(self.description.pop("tensors"), self.description.pop("rest", None))
-        self._rest = self._shared(*rest) if rest else b""
+        self._rest = self._shared(*rest) if rest else b""  # the values of the small tensors
 
     def _listed(self, listed: Any, rest: Any) -> tuple[str, int, int] | None:
-        """Check the table of tensors; where small ones lie, as (codec, start, length)."""
+        """Check the table of tensors; where small ones lie, as (codec, start, values)."""
         if not isinstance(listed, list) or len(listed) > MOST_TENSORS:
             raise damaged("it lists too many tensors", "Do not trust it.")
         at = shared = 0
@@ -240,13 +240,13 @@ class Opened:
             raise damaged("the entry of its small tensors is malformed") from error
         if not sound:
             raise damaged("the section of small tensors does not fit the file", "Do not trust it.")
-        self._small, self.rest_bytes = shared, length
-        return codec, at + CRC.size, length
+        self.rest_bytes = length
+        return codec, at + CRC.size, shared
 
-    def _shared(self, codec: str, start: int, length: int) -> bytes:
-        """The values of the small tensors."""
-        blob = self._section(start, length, "the small tensors")
-        return CODECS[codec].decode(blob, (self._small,), "uint8", 8).tobytes()
+    def _shared(self, codec: str, start: int, count: int) -> bytes:
+        """The `count` bytes that the section of small tensors stands for."""
+        blob = self._section(start, self.rest_bytes, "the small tensors")
+        return CODECS[codec].decode(blob, (count,), "uint8", 8).tobytes()
 
     def _section(self, start: int, length: int, whose: str) -> memoryview:
         blob = self._body[start : start + length]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import pickle
 import struct
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 import safetensors
 import torch
 from torch import Tensor
@@ -54,12 +55,9 @@ def pack(source: Path, target: Path, codec: Codec = smallest) -> None:
         Damaged: it is a file of whet's that is not whole.
     """
     if source.suffix == ".whet":
-        with _mapped(source) as data:
-            opened = Opened(data)
+        with _opened(source) as opened, whole(target) as file:
             again = ((name, tensor, opened.entries[name].bits) for name, tensor in opened.tensors())
-            with whole(target) as file:
-                container.write(file, opened.description, again, codec)
-            del opened, again  # they look into the map
+            container.write(file, opened.description, again, codec)
         return
     kind, said, tensors = _read(source)
     with whole(target) as file:
@@ -73,22 +71,16 @@ def unpack(source: Path, target: Path) -> None:
     Raises:
         Damaged: `source` is not whole or holds something else.
     """
-    with _mapped(source) as data:
-        opened = Opened(data)
+    with _opened(source) as opened:
         kind, said = opened.description.get("packed"), opened.description.get("metadata")
         if kind not in (SAFE, "torch") or not isinstance(said, dict):
-            raise Damaged(
-                f"unpack {source}",
-                "it holds a network, or nothing that whet pack wrote",
-                "Networks are read by whet.load.",
-            )
+            found = "it holds a network, or nothing that whet pack wrote"
+            raise container.damaged(found, "Networks are read by whet.load.")
         with whole(target) as file:
             if kind == SAFE:
                 _write_safetensors(file, opened, said)
             else:
-                state = dict(opened.tensors())
-                torch.save(state, file)
-        del opened  # it looks into the map, which closes now
+                torch.save(dict(opened.tensors()), file)
 
 
 def _read(source: Path) -> tuple[str, dict[str, Any], Iterable[tuple[str, Tensor]]]:
@@ -99,24 +91,24 @@ def _read(source: Path) -> tuple[str, dict[str, Any], Iterable[tuple[str, Tensor
             file = safetensors.safe_open(source, "pt")
             names = list(file.keys())
             return SAFE, file.metadata() or {}, ((n, file.get_tensor(n)) for n in names)
-        state = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        mapped = zipfile.is_zipfile(source)  # not so in the older format
+        state = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
     except OSError as error:
         raise BadInput(
             asked, f"{error.strerror or error}", "Give a file that can be read."
         ) from error
-    except (safetensors.SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+    except pickle.UnpicklingError as error:  # torch's own words advise to trust the file
+        found = "it cannot be read: torch.load finds more than tensors in it, or nothing"
+        raise BadInput(asked, found, todo) from error
+    except (safetensors.SafetensorError, EOFError, RuntimeError) as error:
         reason = (str(error).strip().splitlines() or ["it is empty"])[0]
         raise BadInput(asked, f"it cannot be read: {reason}", todo) from error
-    odd = (
-        [k for k, v in state.items() if not isinstance(v, Tensor)]
-        if isinstance(state, Mapping)
-        else ""
-    )
-    if odd or not isinstance(state, Mapping):
-        found = (
-            f"{str(odd[0])!r} in it is no tensor" if odd else f"it holds a {type(state).__name__}"
-        )
-        raise BadInput(asked, found, f"{todo} Save model.state_dict() alone.")
+    todo = f"{todo} Save model.state_dict() alone."
+    if not isinstance(state, Mapping):
+        raise BadInput(asked, f"it holds a {type(state).__name__}", todo)
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise BadInput(asked, f"{str(name)!r} in it is no tensor", todo)
     return "torch", {}, ((str(name), tensor) for name, tensor in state.items())
 
 
@@ -125,7 +117,7 @@ def _write_safetensors(file: BinaryIO, opened: Opened, said: Mapping[str, str]) 
     header: dict[str, Any] = {"__metadata__": dict(said)} if said else {}
     at = 0
     for name, entry in opened.entries.items():
-        size = int(np.prod(entry.shape, dtype=np.int64)) * (entry.bits // 8)
+        size = math.prod(entry.shape) * (entry.bits // 8)
         offsets = [at, at + size]
         header[name] = {
             "dtype": SAFE_NAMES[entry.dtype], "shape": entry.shape, "data_offsets": offsets,
@@ -138,42 +130,42 @@ def _write_safetensors(file: BinaryIO, opened: Opened, said: Mapping[str, str]) 
         file.write(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
-def contents(data: bytes) -> dict[str, Any]:
+def contents(source: Path) -> dict[str, Any]:
     """What the bytes of a packed file or a model.whet are spent on, as JSON.
 
     Returns:
         "tensors": a row for each, with its bytes in the file and as it would stand in memory;
         "kinds": bytes by what they are, which add up to "bytes", those of the whole file.
     """
-    opened = Opened(data)
-    small = [e for e in opened.entries.values() if not e.codec]
-    shared = opened.rest_bytes / max(sum(e.length for e in small), 1)
-    rows, kinds = [], dict.fromkeys([*dict.fromkeys(PARTS.values()), "other tensors"], 0.0)
-    for name, entry in opened.entries.items():
+    with _opened(source) as opened:
+        entries = opened.entries.values()
+        shared = opened.rest_bytes / max(sum(e.length for e in entries if not e.codec), 1)
+        kinds = dict.fromkeys([*PARTS.values(), "other tensors"], 0.0)
+        kinds |= {"header": opened.header_bytes, "checksums and frame": opened.frame_bytes}
+    rows = []
+    for entry in entries:
         size = entry.length if entry.codec else entry.length * shared
-        count = int(np.prod(entry.shape, dtype=np.int64))
-        owner, mark, part = name.rpartition("//")
-        kinds[PARTS[part] if owner and mark and part in PARTS else "other tensors"] += size
+        owner, _, part = entry.name.rpartition("//")
+        kinds[PARTS.get(part, "other tensors") if owner else "other tensors"] += size
         rows.append(
-            {"name": name, "dtype": entry.dtype, "shape": entry.shape, "bits": entry.bits}
-            | {"codec": entry.codec or "shared", "bytes": size, "raw": count * entry.bits / 8}
+            {"name": entry.name, "dtype": entry.dtype, "shape": entry.shape, "bits": entry.bits}
+            | {"codec": entry.codec or "shared", "bytes": size}
+            | {"raw": math.prod(entry.shape) * entry.bits / 8}
         )
-    kinds |= {
-        "header": float(opened.header_bytes),
-        "checksums and frame": float(opened.frame_bytes),
-    }
-    return {"bytes": len(data), "kinds": kinds, "tensors": rows}
+    return {"bytes": source.stat().st_size, "kinds": kinds, "tensors": rows}
 
 
 @contextlib.contextmanager
-def _mapped(source: Path) -> Iterator[Any]:
-    """The bytes of a file, mapped into memory."""
+def _opened(source: Path) -> Iterator[Opened]:
+    """A file of whet's, mapped into memory; what is found wrong with it is said of this file."""
+    asked, todo = f"read {source}", "Give a file that whet wrote."
     try:
         with source.open("rb") as file:
             empty = os.fstat(file.fileno()).st_size == 0
-            data = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            where = b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise BadInput(
-            f"read {source}", f"{error.strerror}", "Give a file that whet pack wrote."
-        ) from error
-    yield data
+        raise BadInput(asked, f"{error.strerror}", todo) from error
+    try:
+        yield Opened(memoryview(where))
+    except Damaged as error:
+        raise Damaged(asked, error.found, error.todo) from error

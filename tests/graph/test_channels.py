@@ -10,7 +10,7 @@ from torch import nn
 
 from whet import packed
 from whet.graph import coupling, surgery
-from whet.graph.channels import Group, cut, find_groups, mask
+from whet.graph.channels import Group, cut, find_groups, mask, misfit
 from whet.graph.ledger import ledger
 from whet.testing import NETWORKS, scramble
 
@@ -164,6 +164,21 @@ def test_packed_weights_are_cut_like_plain_ones():
     for seed, group in enumerate(free(plain, example)):
         cut(plain, group, random_choice(group, seed))
     torch.testing.assert_close(output(model, example), output(plain, example), rtol=0, atol=1e-6)
+
+
+def test_a_form_that_is_cut_wrongly_is_found(monkeypatch):
+    """What is cut for the check is the form itself, not the weight that it stands for."""
+    model, example = NETWORKS["plain_cnn"]()
+    groups = free(model, example)
+    choice = [(group, random_choice(group, 1)) for group in groups]
+    for _, module in list(model.named_modules()):
+        if isinstance(module, nn.Conv2d):
+            form = packed.Dense(module.weight.detach())
+            packed.install(module, "weight", form)
+    assert misfit(model, example, choice) == ""
+    right = packed.Dense.take
+    monkeypatch.setattr(packed.Dense, "take", lambda form, dim, k: right(form, dim, k.flip(0)))
+    assert "computes something else" in misfit(model, example, choice)
 
 
 def reasons(model, example):

@@ -89,6 +89,7 @@ NETWORKS: dict[str, tuple[nn.Module, tuple[Any, ...]]] = {
     "inplace": (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True)), (X,)),
     "chunks": (Calls(lambda n, x: torch.cat(x.chunk(3, 1)[::-1], 1)), (X,)),
     "nest": (Calls(lambda n, x: {"a": x * 2, 3: (x + 1, [x - 1, None])}), (X,)),
+    "named": (Calls(lambda n, x: F.gelu(x, approximate="tanh")), (X,)),
     "infinite": (Calls(lambda n, x: x.masked_fill(x > 1, float("-inf"))), (X,)),
     "constant": (Calls(lambda n, x: x * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)), (X,)),
     "attention": (Calls(lambda n, x: F.scaled_dot_product_attention(x, x, x)), (X,)),

@@ -10,7 +10,6 @@ import torch
 
 from whet import artifact, numerics, packed, promises
 from whet.rungs.layers import weights
-from whet.task import Metric
 from whet.technique import Need, Work
 from whet.techniques.fuse.foldbatchnorm import FoldBatchNorm
 from whet.techniques.prune.magnitude import Magnitude
@@ -134,19 +133,8 @@ def test_the_price_rises_to_its_full_size():
     assert [ready for _, ready in seen] == [False, False, True, True]
 
 
-def falling():
-    """A metric that is lower each time it is asked."""
-    asked = []
-
-    def measure(outputs, labels):
-        asked.append(0)
-        return -float(len(asked))
-
-    return Metric("late", measure)
-
-
-def test_the_best_weights_are_sought_at_the_end_only(apply):
-    task = replace(tiny_task("plain_cnn"), metric=falling())
+def test_the_best_weights_are_sought_at_the_end_only(apply, falling):
+    task = replace(tiny_task("plain_cnn"), metric=falling)
     work = apply(task, EntropyPenalized(end=0.5, **(QUICK | {"epochs": 4})))
     assert work.notes[0].endswith("(best of 2 epochs).")
 

@@ -12,7 +12,6 @@ from pydantic import ValidationError
 
 from whet.rungs.layers import weights
 from whet.rungs.training import Masks, disagreement
-from whet.task import Metric
 from whet.technique import Need, Work
 from whet.techniques.distill.finetune import FineTune
 from whet.techniques.prune.gradualmagnitude import GradualMagnitude, cubic
@@ -42,6 +41,19 @@ def test_the_final_count_is_exact(apply, name, amount):
     over_all = masks_of(apply(tiny_task(name), GradualMagnitude(**knobs)).model)
     assert zeros(over_all) == round(amount * sum(m.numel() for m in over_all.values()))
     assert any(int((~m).sum()) != round(amount * m.numel()) for m in over_all.values())
+
+
+@pytest.mark.parametrize("scope", ["global", "lamp", "layer"])
+def test_a_share_that_is_some_of_all_but_none_of_any(apply, refuses, scope):
+    task = tiny_task("plain_cnn")
+    counts = [m.weight.numel() for _, m in weights(task.model)]
+    amount = 0.49 / max(counts)
+    assert round(amount * sum(counts)) == 1
+    pruner = GradualMagnitude(amount=amount, scope=scope, **QUICK)
+    if scope == "layer":
+        refuses(task, pruner, "that share of the weights is none")
+    else:
+        assert zeros(masks_of(apply(task, pruner).model)) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,19 +102,8 @@ def test_a_masked_weight_comes_back_with_the_value_it_had():
     assert torch.equal(layer.weight[gone], old[gone])
 
 
-def falling():
-    """A metric that is lower each time it is asked."""
-    asked = []
-
-    def measure(outputs, labels):
-        asked.append(0)
-        return -float(len(asked))
-
-    return Metric("late", measure)
-
-
-def test_the_best_weights_are_sought_after_the_schedule_only():
-    task = replace(tiny_task("plain_cnn"), metric=falling())
+def test_the_best_weights_are_sought_after_the_schedule_only(falling):
+    task = replace(tiny_task("plain_cnn"), metric=falling)
     work, seen = watched(task, GradualMagnitude(epochs=4, end=0.5, **QUICK))
     at_end = masks_of(work.model)
     assert all(torch.equal(at_end[path], mask) for path, mask in seen[7][2].items())
@@ -110,8 +111,8 @@ def test_the_best_weights_are_sought_after_the_schedule_only():
     assert work.notes == ["validation late -1.5000 -> -1.5000 (best of 2 epochs)."]
 
 
-def test_patience_waits_for_the_end_of_the_schedule(apply):
-    task = replace(tiny_task("plain_cnn"), metric=falling())
+def test_patience_waits_for_the_end_of_the_schedule(apply, falling):
+    task = replace(tiny_task("plain_cnn"), metric=falling)
     work = apply(task, GradualMagnitude(epochs=8, end=0.6, patience=1, **QUICK))
     assert work.notes == ["validation late -1.5000 -> -1.5000 (best of 1 epochs)."]
 

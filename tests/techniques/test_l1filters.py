@@ -12,6 +12,7 @@ from torch import nn
 from whet.graph import statistics, surgery, trace
 from whet.graph.channels import find_groups
 from whet.rungs.channels import round_channels
+from whet.task import Task
 from whet.technique import Work
 from whet.techniques.prune.l1filters import L1Filters
 from whet.testing import NETWORKS, tiny_task
@@ -34,6 +35,21 @@ def kept_filters(old, new, rows):
             torch.equal(old.weight[k][rows][:width], new.weight[j]) for j in range(len(new.weight))
         )
     ]
+
+
+def test_heads_of_an_attention_that_is_one_module_go_as_well():
+    torch.manual_seed(0)
+    example = (torch.randn(2, 5, 16),)
+    model = nn.Sequential(nn.Linear(16, 16), nn.TransformerEncoderLayer(16, 4, 32, 0.0)).eval()
+    work = Work(copy.deepcopy(model), model, Task(model, example))
+    L1Filters(amount=0.5, multiple_of=1).apply(work)
+    assert work.notes[0].startswith("1.self_attn has four linear layers now")
+    assert trace.macs(work.model, example)[""] < 0.7 * trace.macs(model, example)[""]
+    assert work.model[1].self_attn.query.out_features == 8
+    fresh = copy.deepcopy(model)
+    surgery.replay(fresh, surgery.structure(work.model))
+    fresh.load_state_dict(work.model.state_dict())
+    assert torch.equal(fresh(*example), work.model(*example))
 
 
 @pytest.mark.parametrize("amount", [0.25, 0.5, 0.8])
