@@ -4,7 +4,7 @@
     python benchmarks/coupling.py --networks             # the networks of benchmarks/coverage
 
 One call cuts half of the channels of everything that can be cut: whet by L1Filters, which traces,
-couples, checks each group in numbers, cuts and checks what was cut; Torch-Pruning, where it is
+couples, cuts and proves in numbers that what was cut is what was masked; Torch-Pruning, where it is
 installed, by its magnitude pruner, which traces, couples and cuts. Where it raises or makes a
 network that does not run, the table says so. The better of two calls counts, in turns.
 """
@@ -55,7 +55,7 @@ def main() -> None:
             for name, make in family.NETWORKS.items():
                 print(row(name, make()), flush=True)
         return
-    print("| layers | groups | trace s | couple s | cut s | whet ms per layer | Torch-Pruning s |")
+    print("| layers | groups | trace s | couple s | cut and prove s | whet ms per layer | Torch-Pruning s |")
     print("|---|---|---|---|---|---|---|")
     for depth in options.depths:
         depth -= (depth - 2) % 6
@@ -70,8 +70,8 @@ def scaling(depth: int) -> str:
     """The parts of the time for a CIFAR ResNet."""
     model, example = with_convolutions(ResNet(depth).eval()), image()
     traced = timed(lambda: trace(model, example))
-    coupled = timed(lambda: channels.find_groups(model, example))
-    groups = channels.find_groups(model, example)
+    coupled = timed(lambda: channels.coupled(model, example))
+    groups = channels.coupled(model, example)
     whole = timed(lambda: ours(model, example))
     theirs = f"{timed(lambda: peer(model, example)):.2f}" if HAS_PEER else "not installed"
     return (

@@ -214,8 +214,8 @@ def demo(
         task = demonstration.task(tell=lambda done, of: bars("train the original", done, of))
     recipe = Recipe(
         [
-            catalog.technique("DropBlocks", {"amount": 0.4, "examples": 300}),
-            catalog.technique("Distill", {"epochs": 12, "lr": 0.05}),
+            catalog.technique("DropBlocks", {"amount": 0.33, "examples": 300}),
+            catalog.technique("Distill", {"epochs": 16, "lr": 0.05}),
             catalog.technique("FoldBatchNorm"),
             catalog.technique("StaticInt8"),
         ]

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from whet.graph import statistics, surgery, trace
+from whet.graph import channels, statistics, surgery, trace
 from whet.graph.channels import find_groups
 from whet.rungs.channels import round_channels
 from whet.task import Task
@@ -250,3 +250,44 @@ def test_a_cut_that_the_code_counts_on_is_refused(refuses):
     task = tiny_task(Narrow().eval(), (torch.randn(2, 5),))
     text = "L1Filters(amount=0.75, multiple_of=1): without some of them the network computes"
     refuses(task, L1Filters(amount=0.75, multiple_of=1), text)
+
+
+class WrittenFor(nn.Module):
+    """Two branches; the code of one holds only for all of its channels, or raises for others."""
+
+    def __init__(self, raises):
+        super().__init__()
+        self.raises = raises
+        self.one, self.two = nn.Linear(5, 8), nn.Linear(5, 8)
+        self.out, self.tail = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x):
+        a, b = torch.relu(self.one(x)), torch.relu(self.two(x))
+        if a.shape[-1] != 8:
+            if self.raises:
+                raise RuntimeError("eight, I said")
+            a = 2 * a
+        return self.out(a) + self.tail(b)
+
+
+@pytest.mark.parametrize(
+    "raises, reason",
+    [(False, "computes something else"), (True, "all of its channels (eight, I said)")],
+)
+def test_what_spoils_the_proof_is_found_and_left_alone(apply, raises, reason):
+    torch.manual_seed(0)
+    task = Task(WrittenFor(raises).eval(), (torch.randn(2, 5),))
+    work = apply(task, L1Filters(multiple_of=1))
+    assert any(note.startswith("one is left alone") and reason in note for note in work.notes)
+    assert (work.model.one.out_features, work.model.two.out_features) == (8, 4)
+    assert work.notes[-2] == "removed 4 channel units."
+
+
+def test_a_cut_is_proved_once(apply, monkeypatch):
+    """Looking for culprits costs as much again, and waits until there are some."""
+    proofs = []
+    monkeypatch.setattr(
+        channels, "misfit", lambda *a, whole=channels.misfit: proofs.append(1) or whole(*a)
+    )
+    apply(tiny_task("residual_cnn"), L1Filters(multiple_of=2))
+    assert len(proofs) == 1

@@ -14,15 +14,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import nn
 
 from whet import numerics
 from whet.graph import surgery
-from whet.graph.coupling import FIXED, INPUT, Flow, Key, Sizes, Union, walk
+from whet.graph.coupling import FIXED, INPUT, Flow, Key, Sizes, walk
 from whet.graph.trace import baked, trace
 from whet.task import tensors_in
 
 EQUAL = 1e-3  # relative, of what is computed in another order
+# what a network's code raises when it is written for all of its channels
+MISFITS = (RuntimeError, ValueError, TypeError, IndexError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -94,52 +98,52 @@ class Group:
 
 def _gather(flow: Flow) -> list[Group]:
     """Connect units that share a tensor, or a constant, into groups."""
-    roots = {key: [flow.union.find(int(i)) for i in ids] for key, ids in flow.members.items()}
+    roots = flow.union.roots()
+    held = {key: roots[ids] for key, ids in flow.members.items()}
     for k, sizes in enumerate(flow.sizes):
-        held = [ids for ids in sizes.value if isinstance(ids, np.ndarray)]
-        roots["", k] = [flow.union.find(int(i)) for i in np.concatenate(held)]
-    owner = Union()
-    index = {key: int(owner.fresh(1)[0]) for key in roots}
-    first: dict[int, int] = {}
-    for key, ids in roots.items():
-        for root in set(ids):
-            if root == flow.union.find(FIXED):
-                continue  # the network's input ties nothing together
-            home = first.setdefault(root, index[key])
-            owner.merge(np.array([home]), np.array([index[key]]))
+        labels = [ids for ids in sizes.value if isinstance(ids, np.ndarray)]
+        held["", k] = roots[np.concatenate(labels)]
+    keys = list(held)
+    row = np.repeat(np.arange(len(keys)), [len(held[key]) for key in keys])
+    column = np.concatenate([np.zeros(0, int), *held.values()])
+    free = column != roots[FIXED]  # the network's input ties nothing together
+    edges = (np.ones(free.sum(), bool), (row[free], len(keys) + column[free]))
+    count = len(keys) + len(roots)
+    _, part = connected_components(coo_array(edges, (count, count)), directed=False)
     together: dict[int, list[Key]] = {}
-    for key in roots:
-        together.setdefault(owner.find(index[key]), []).append(key)
-    made = [keys for keys in together.values() if flow.makes & set(keys)]
-    groups = [_group(flow, {key: roots[key] for key in keys}) for keys in made]
+    for key, mine in zip(keys, part[: len(keys)].tolist(), strict=True):
+        together.setdefault(mine, []).append(key)
+    made = [these for these in together.values() if flow.makes & set(these)]
+    groups = [_group(flow, roots, {key: held[key] for key in these}) for these in made]
     # what reads the input alone offers no choice
     return [group for group in groups if group.fixed != INPUT]
 
 
-def _group(flow: Flow, roots: dict[Key, list[int]]) -> Group:
+def _group(flow: Flow, roots: np.ndarray, held: dict[Key, np.ndarray]) -> Group:
     reasons = flow.union.reasons
-    mine = {root for ids in roots.values() for root in ids}
-    free = sorted(root for root in mine if root not in reasons)
-    number = {root: k for k, root in enumerate(free)}
+    mine = np.unique(np.concatenate(list(held.values())))
+    why = [reasons[root] for root in mine.tolist() if root in reasons]
+    free = mine[[root not in reasons for root in mine.tolist()]]
 
-    def units(ids: Any) -> np.ndarray:
-        return np.array([number.get(flow.union.find(int(i)), -1) for i in ids], dtype=np.int64)
+    def units(own: np.ndarray) -> np.ndarray:
+        at = np.searchsorted(free, own)
+        return np.where(free[np.minimum(at, len(free) - 1)] == own, at, -1) if len(free) else np.full(len(own), -1)
 
     def count(sizes: Sizes) -> Sizes:
-        value = tuple(units(v) if isinstance(v, np.ndarray) else v for v in sizes.value)
+        value = tuple(units(roots[v]) if isinstance(v, np.ndarray) else v for v in sizes.value)
         return replace(sizes, value=value)
 
     members = tuple(
-        Member(*key, units(ids), key in flow.makes, key in flow.reads)
-        for key, ids in roots.items()
+        Member(*key, units(own), key in flow.makes, key in flow.reads)
+        for key, own in held.items()
         if key[0]
     )
-    counts = tuple(count(flow.sizes[k]) for name, k in roots if not name)
+    counts = tuple(count(flow.sizes[k]) for name, k in held if not name)
     stands = np.zeros((len(free), len(members)), dtype=bool)
     for column, member in enumerate(members):
         stands[member.units[member.units >= 0], column] = True
     kinds = np.unique(stands, axis=0, return_inverse=True)[1] if len(free) else np.zeros(0, int)
-    fixed = "" if free else next(reasons[root] for root in sorted(mine) if root in reasons)
+    fixed = "" if len(free) else why[0]
     return Group(members, counts, len(free), kinds.reshape(-1), fixed)
 
 
@@ -148,13 +152,22 @@ def find_groups(model: nn.Module, example: tuple[Any, ...]) -> list[Group]:
 
     Each was tried: the network without half of its units computes what it does with these masked.
     """
-    groups = [_alone(g) for g in _gather(walk(trace(model, example)))]
-    tried = [group for group in groups if not group.fixed]
-    if not tried or not misfit(model, example, [(group, _half(group)) for group in tried]):
+    return tried(model, example, coupled(model, example))
+
+
+def coupled(model: nn.Module, example: tuple[Any, ...]) -> list[Group]:
+    """The same by the rules alone: who cuts them proves the cut by `misfit`."""
+    return [_alone(g) for g in _gather(walk(trace(model, example)))]
+
+
+def tried(model: nn.Module, example: tuple[Any, ...], groups: list[Group]) -> list[Group]:
+    """The groups, those that the network does not bear to lose half of left alone."""
+    free = [group for group in groups if not group.fixed]
+    if not free or not misfit(model, example, [(group, _half(group)) for group in free]):
         return groups
     good: list[tuple[Group, np.ndarray]] = []
     reasons: dict[int, str] = {}
-    for group in tried:  # each beside those that fit, as two that fit alone may not together
+    for group in free:  # each beside those that fit, as two that fit alone may not together
         choice = [*good, (group, _half(group))]
         reasons[id(group)] = misfit(model, example, choice)
         good = good if reasons[id(group)] else choice
@@ -190,7 +203,7 @@ def misfit(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 outputs.append(list(tensors_in(twin(*example))))
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+    except MISFITS as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"the network's code is written for all of its channels ({reason})"
     for got, want in zip(*outputs, strict=True):

@@ -51,6 +51,13 @@ class Union:
             self.parent[label], label = root, self.parent[label]
         return root
 
+    def roots(self) -> np.ndarray:
+        """The representative of every label's set."""
+        parent = np.array(self.parent)
+        while not np.array_equal(above := parent[parent], parent):
+            parent = above
+        return parent
+
     def merge(self, a: np.ndarray, b: np.ndarray) -> None:
         """Make a[i] and b[i] one channel, for each i."""
         for x, y in zip(a.tolist(), b.tolist(), strict=True):

@@ -59,7 +59,9 @@ class Recorder(SchemaCheckMode):
                 self.nodes[value] = node
 
     def node(self, value: Any) -> Any:
-        """The node that made a tensor; other values as they are."""
+        """The node that made a tensor, in lists as well; other values as they are."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(self.node, value))
         if not isinstance(value, Tensor):
             return value
         if value not in self.nodes:
@@ -73,11 +75,11 @@ class Recorder(SchemaCheckMode):
         returns = [str(each.type) for each in func._schema.returns]
         if not returns or not all("Tensor" in each for each in returns):
             raise Unrecorded(f"{func} gives something else than tensors")
-        given = pytree.tree_map(self.node, (args, kwargs))
+        given = self.node(args), {name: self.node(value) for name, value in kwargs.items()}
         out = func(*args, **kwargs)
         node = self.graph.call_function(func, *given)
         node.meta = {
-            "val": pytree.tree_map_only(Tensor, outline, out),
+            "val": outline(out),
             "nn_module_stack": {path: (path, "") for path in sites.stack()},
             "custom": dict(get_current_meta().get("custom") or {}),
         }
@@ -92,8 +94,12 @@ class Recorder(SchemaCheckMode):
         return out
 
 
-def outline(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, order and type without values."""
+def outline(tensor: Any) -> Any:
+    """A tensor of the same shape, order and type without values, or a list of such."""
+    if isinstance(tensor, (list, tuple)):
+        return type(tensor)(map(outline, tensor))
+    if not isinstance(tensor, Tensor):
+        return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 

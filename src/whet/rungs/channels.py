@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from whet import packed
 from whet.errors import Refused
 from whet.graph import channels, statistics, surgery
+from whet.graph.trace import duplicate
 from whet.rungs.layers import Only, Skip, skipped
 from whet.technique import Technique, Work
 
@@ -61,18 +62,54 @@ class ChannelTechnique(Technique):
 
     def apply(self, work: Work) -> None:
         whole = work.model  # as it was, should there be nothing to remove
-        work.model = copy.deepcopy(whole)
-        unfolded = surgery.unfold_attention(work.model)
+        try:
+            self._cut(work)
+        except BaseException:
+            work.model = whole
+            raise
+        refresh_batchnorm(work, self.calibrate)
+
+    def _cut(self, work: Work) -> None:
+        """Cut, and prove it; what spoils the proof is looked for only where it fails."""
+        uncut, unfolded = work.model, []
+        if any(isinstance(module, nn.MultiheadAttention) for module in uncut.modules()):
+            uncut = copy.deepcopy(uncut)
+            unfolded = surgery.unfold_attention(uncut)
+        example = work.task.example
+        groups = channels.coupled(uncut, example)
+        try:
+            wrong, chosen = self._cut_groups(work, uncut, groups)
+        except channels.MISFITS:
+            wrong, chosen = "it raises", []
+        if wrong:
+            groups = channels.tried(uncut, example, groups)
+            wrong, chosen = self._cut_groups(work, uncut, groups)
         for path in unfolded:
             work.notes.append(f"{path} has four linear layers now, so that it can lose heads.")
-        groups = channels.find_groups(work.model, work.task.example)
         for group in [g for g in groups if g.fixed]:
             work.notes.append(f"{group.name} is left alone: {group.fixed}.")
+        asked = f"{self.name}(amount={self.amount}, multiple_of={self.multiple_of})"
+        if not chosen:
+            raise Refused(
+                asked,
+                "no channel group can lose a channel under these knobs",
+                "Raise amount or lower multiple_of; the notes name the groups left alone.",
+            )
+        if wrong:
+            raise Refused(asked, wrong, "Choose another amount, or skip the layers in question.")
+        removed = sum(int((~kept).sum()) for _, kept in chosen)
+        work.notes.append(f"removed {removed} channel units.")
+
+    def _cut_groups(
+        self, work: Work, uncut: nn.Module, groups: list[channels.Group]
+    ) -> tuple[str, list[tuple[channels.Group, np.ndarray]]]:
+        """Cut a copy of `uncut`: what is wrong with it, or "", and what was cut."""
+        work.model = duplicate(uncut)
         groups = [g for g in groups if not g.fixed]
         evidence = self.evidence(work, groups)
         together = self.scope != "layer"
         plan = self._shared_plan(work.model, groups, evidence) if together else None
-        uncut, chosen = copy.deepcopy(work.model) if unfolded else whole, []
+        chosen = []
         for done, group in enumerate(groups):
             if plan is None:
                 kept = self._lowest_cut(group, self.unit_scores(group, evidence))
@@ -82,21 +119,7 @@ class ChannelTechnique(Technique):
                 self.remove(work, group, kept, evidence)
                 chosen.append((group, kept))
             work.tell(done + 1, len(groups))
-        asked = f"{self.name}(amount={self.amount}, multiple_of={self.multiple_of})"
-        if not chosen:
-            work.model = whole
-            raise Refused(
-                asked,
-                "no channel group can lose a channel under these knobs",
-                "Raise amount or lower multiple_of; the notes name the groups left alone.",
-            )
-        wrong = channels.misfit(uncut, work.task.example, chosen)
-        if wrong:
-            work.model = whole
-            raise Refused(asked, wrong, "Choose another amount, or skip the layers in question.")
-        removed = sum(int((~kept).sum()) for _, kept in chosen)
-        work.notes.append(f"removed {removed} channel units.")
-        refresh_batchnorm(work, self.calibrate)
+        return (channels.misfit(uncut, work.task.example, chosen) if chosen else ""), chosen
 
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
         twin = copy.deepcopy(model)
