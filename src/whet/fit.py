@@ -53,10 +53,11 @@ def rate(step: int, steps: int, warmup: float) -> float:
 
 
 def bfloat16_pays(device: torch.device) -> bool:
-    """Whether this processor multiplies bf16 matrices in units of its own."""
+    """Whether this processor multiplies bf16 numbers by instructions of its own."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    own = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return device.type == "cpu" and own
 
 
 def quick(low: bool, device: torch.device) -> torch.autocast:
