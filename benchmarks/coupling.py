@@ -55,7 +55,7 @@ def main() -> None:
             for name, make in family.NETWORKS.items():
                 print(row(name, make()), flush=True)
         return
-    print("| layers | groups | trace s | couple s | cut and prove s | whet ms per layer | Torch-Pruning s |")
+    print("| layers | groups | trace s | couple s | cut s | whet ms per layer | Torch-Pruning s |")
     print("|---|---|---|---|---|---|---|")
     for depth in options.depths:
         depth -= (depth - 2) % 6

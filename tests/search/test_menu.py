@@ -4,7 +4,10 @@ import pytest
 import torch
 
 from whet import catalog, packed
-from whet.search.menu import changed, counts, total, tried
+from whet.checkpoint import Rows
+from whet.rungs.sensitivity import answers
+from whet.search.menu import About, Tries, changed, counts, draw, total, tried
+from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.quantize.roundtonearest import RoundToNearest
 from whet.testing import tiny_task
@@ -47,3 +50,21 @@ def test_a_form_that_saves_bytes_is_counted_as_it_is_deployed():
     packed.install(layer, "weight", packed.Dense(layer.weight))
     assert counts(task.model, task.example) == counts(tiny_task("flatten_cnn").model, task.example)
     assert torch.isfinite(task.model(*task.example)).all()
+
+
+def test_a_technique_whose_tries_take_too_long_is_tried_once():
+    task = tiny_task("plain_cnn")
+    known = answers(task.model, list(task.validation), 16)
+    seen = []
+
+    class Slow(Tries):
+        def __call__(self, technique):
+            seen.append(technique)
+            return super().__call__(technique) | {"seconds": 50.0}
+
+    tries = Slow(task, known, Rows(), "", About([], 0, patience=100.0))
+    menu = draw(tries, {"macs"}, lambda *_: None, ["L1Filters"])
+    places = len(L1Filters().places(task.model, task.example))
+    minutes = 50.0 * places * len(L1Filters.ladder["amount"]) / 60
+    assert menu.verdicts == {"L1Filters": f"its tries would take about {minutes:.0f} minutes"}
+    assert [technique.only for technique in seen] == [seen[0].only] != [()]

@@ -126,8 +126,10 @@ def _group(flow: Flow, roots: np.ndarray, held: dict[Key, np.ndarray]) -> Group:
     free = mine[[root not in reasons for root in mine.tolist()]]
 
     def units(own: np.ndarray) -> np.ndarray:
-        at = np.searchsorted(free, own)
-        return np.where(free[np.minimum(at, len(free) - 1)] == own, at, -1) if len(free) else np.full(len(own), -1)
+        if not len(free):
+            return np.full(len(own), -1)
+        at = np.searchsorted(free, own).clip(max=len(free) - 1)
+        return np.where(free[at] == own, at, -1)
 
     def count(sizes: Sizes) -> Sizes:
         value = tuple(units(roots[v]) if isinstance(v, np.ndarray) else v for v in sizes.value)

@@ -36,8 +36,8 @@ from whet.technique import Technique, Work
 
 EXAMPLES = 256  # of each try
 PROFILES = 6  # random plans that are timed
-SHARES = {"short": 0.08, "long": 0.25}  # of the time, for the recovery of one trial
-TIMES = SHARES["long"] / SHARES["short"]
+TIMES = 3.0  # a long recovery over a short one
+LEAST = 0.3  # of the time is for recoveries, however long the tries took
 TRYING = 0.3  # of the time, that the tries of one technique may take
 PATIENCE = 600.0  # seconds that the tries of one technique may take, where no time is given
 STEPS = 8  # to learn what a training step costs
@@ -73,6 +73,7 @@ class Bench:
         self.task, self.wish, self.settings = dataclasses.replace(task, test=None), wish, settings
         self.rows, self.home = rows, settings.workspace
         self.network = fingerprint(task.model)
+        self.began, self.proofs = time.monotonic(), [0.0]
 
     def menu(self, wanted: set[str], targets: list[Target]) -> Menu:
         """Every option alone: see `menu.draw`."""
@@ -155,9 +156,11 @@ class Bench:
         Returns:
             What was measured, or why it "failed".
         """
-        epochs = self._epochs(plan, kind)
         options = [offer.option for offer in plan.offers]
-        recovery = [self._distill(plan, epochs)] if epochs else []
+        recovery, epochs = [], 0.0
+        if options and self.task.train is not None:
+            rate, epochs = self._rate(plan), self._epochs(plan, kind)
+            recovery = [catalog.technique("Distill", {"epochs": epochs, "lr": rate})]
         recipe = plans.recipe(plan.offers, recovery, finishing(way.finish))
         where = f"{way.target} {self.settings.seed} {self.settings.threads}"
         name = f"trial {recipe.yaml()} {where}"
@@ -173,7 +176,10 @@ class Bench:
             "offers": [[each.technique.name, each.place, each.value] for each in options],
         }
         readings = kind == "long" or not plan.offers
-        return told | self.rows.get(name, lambda: self._carried_out(recipe, way, folder, readings))
+        found = self.rows.get(name, lambda: self._carried_out(recipe, way, folder, readings))
+        if not options:
+            self.proofs.append(found.get("seconds", 0.0))
+        return told | found
 
     def _carried_out(
         self, recipe: Recipe, way: Way, folder: Path, readings: bool
@@ -216,11 +222,10 @@ class Bench:
     # -- recovery ----------------------------------------------------------------------------
 
     def _epochs(self, plan: Plan, kind: str) -> float:
-        """Epochs of a recovery: as asked for, or what its share of the time is enough for."""
-        if self.task.train is None or not plan.offers:
-            return 0.0
+        """Epochs of a recovery: as asked for, or what its share of the time left is enough for."""
+        times = TIMES if kind == "long" else 1.0
         if self.wish.seconds is None:
-            return round(self.wish.epochs * (TIMES if kind == "long" else 1.0), 3)
+            return round(self.wish.epochs * times, 3)
         batches = len(self.task.train)  # type: ignore[arg-type]
 
         def measured() -> list[float]:
@@ -231,11 +236,20 @@ class Bench:
             return [(time.monotonic() - began) / STEPS, plan.costs["macs"]]
 
         step, share = self.rows.get(f"step {self.network}", measured)
+        left = self.rows.get(f"time left {self.network}", self._left)
+        seconds = left * times / (self.wish.trials + TIMES * self.wish.finals)
         step *= _work_of(plan.costs["macs"]) / _work_of(share)
-        return round(max(self.wish.seconds * SHARES[kind] / (step * batches), 1e-3), 3)
+        return round(max(seconds / (step * batches), 1e-3), 3)
 
-    def _distill(self, plan: Plan, epochs: float) -> Technique:
-        """The recovery, at the rate that brought the first plan furthest in a few steps."""
+    def _left(self) -> float:
+        """Seconds for the recoveries: the tries are over, trials are proved as the first were."""
+        assert self.wish.seconds is not None
+        turns = self.wish.trials + self.wish.finals + 1  # and the choice, on the test data
+        spent = time.monotonic() - self.began + turns * max(self.proofs)
+        return max(self.wish.seconds - spent, LEAST * self.wish.seconds)
+
+    def _rate(self, plan: Plan) -> float:
+        """The learning rate that brought the first plan furthest in a few steps."""
 
         def measured() -> float:
             few = list(limited(self.task.validation or [], 1000))
@@ -249,8 +263,7 @@ class Bench:
                 found[rate] = worth if metric.better == "higher" else -worth
             return max(RATES, key=lambda rate: found[rate])
 
-        rate = self.rows.get(f"rate {self.network}", measured)
-        return catalog.technique("Distill", {"epochs": epochs, "lr": rate})
+        return self.rows.get(f"rate {self.network}", measured)
 
     def _cut(self, plan: Plan) -> Work:
         """The network cut, for a training that does not look at validation data."""

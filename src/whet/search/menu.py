@@ -181,12 +181,15 @@ def draw(
     return menu
 
 
-def _estimate(kind: type[Technique], tries: Tries) -> float:
-    """Seconds of all tries of a technique, from its first one."""
+def _too_long(kind: type[Technique], tries: Tries) -> str | None:
+    """Why it cannot be tried everywhere in time, from one try at one place."""
     places, rungs = kind().places(tries.task.model, tries.task.example), _rungs(kind)
     knob, value = rungs[0]
     said = tries(tried(kind, {"only": (places[0],), knob: value}))
-    return said.get("seconds", 0.0) * len(places) * len(rungs)
+    seconds = said.get("seconds", 0.0) * len(places) * len(rungs)
+    if seconds > tries.patience:
+        return f"its tries would take about {max(seconds / 60, 1):.0f} minutes"
+    return None
 
 
 def _rungs(kind: type[Technique]) -> list[tuple[str, Any]]:
@@ -207,20 +210,17 @@ def _screened(
     for done, name in enumerate(names):
         tell(f"screen {name}", done, len(names))
         kind = catalog.techniques()[name]
-        reason = _unfit(kind, tries, wanted)
+        reason = _unfit(kind, tries, wanted) or _too_long(kind, tries)
         if reason is None:
             said = tries(_half(kind, tries))
             reason = said["refused"]
             if reason is None:
                 now = total({**tries.base, **said["layers"]})
                 saves = {"macs": now[0] < before[0], "bytes": now[1] < before[1]}
-                seconds = _estimate(kind, tries)
-                if not any(saves[cost] for cost in wanted):
-                    reason = f"it saves no {' and no '.join(sorted(wanted))} here"
-                elif seconds > tries.patience:
-                    reason = f"its tries would take about {seconds / 60:.0f} minutes"
-                else:
+                if any(saves[cost] for cost in wanted):
                     stays[name] = kind, said, now
+                else:
+                    reason = f"it saves no {' and no '.join(sorted(wanted))} here"
         if reason is not None:
             menu.verdicts[name] = reason
     for name, (_, said, _) in sorted(stays.items(), key=lambda each: each[1][1]["deviation"]):

@@ -9,8 +9,10 @@ from functools import cache
 from pathlib import Path
 
 # instructions that decide how fast int8 and bf16 are
-KNOWN = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp")
-WIDE = frozenset(["avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8"])  # add products of bytes in 32 bits
+KNOWN = (
+    "avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimddp",
+)  # fmt: skip
+WIDE = frozenset(["avx512_vnni", "avx_vnni", "amx_int8"])  # add products of bytes in 32 bits
 X86 = frozenset(["x86_64", "amd64", "i386", "i686", "x86"])
 
 

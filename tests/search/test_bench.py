@@ -1,0 +1,69 @@
+"""What time a search gives to what."""
+
+import pytest
+
+from whet.checkpoint import Rows
+from whet.measure.goals import Goals
+from whet.probe import Option
+from whet.runner import Settings
+from whet.search import bench
+from whet.search.bench import LEAST, TIMES, Bench
+from whet.search.menu import Offer
+from whet.search.plan import Plan
+from whet.search.wish import Wish
+from whet.techniques.prune.l1filters import L1Filters
+from whet.testing import tiny_task
+
+
+class Clock:
+    """Seconds that pass only when they are told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def at(tmp_path, monkeypatch):
+    """A bench with 100 seconds, and its clock."""
+    clock = Clock()
+    monkeypatch.setattr(bench, "time", clock)
+    wish = Wish(Goals(drop="1pp"), "latency", 4, 2, 1.0, 100.0, None, ["float"])
+    found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), Rows())
+    batches = len(found.task.train)
+    found.rows.get(f"step {found.network}", lambda: [1.0 / batches, 1.0])  # an epoch takes a second
+    return found, clock
+
+
+def plan():
+    """One that leaves all operations, so that a step of it costs what it did."""
+    option = Option(L1Filters(), "0", "amount", 0.5)
+    return Plan((Offer(option, 0.1, {}),), 0.1, {"macs": 1.0})
+
+
+def test_recoveries_share_what_tries_and_proofs_leave(at):
+    found, clock = at
+    found.proofs.append(5.0)
+    clock.now = 25.0
+    short, long = (found._epochs(plan(), kind) for kind in ("short", "long"))
+    assert long == pytest.approx(TIMES * short, rel=1e-3)
+    recoveries = 4 * short + 2 * long
+    assert clock.now + recoveries + 7 * 5.0 == pytest.approx(100.0, rel=1e-3)
+
+
+def test_the_share_is_settled_once(at):
+    """A search that goes on after a kill gives its trials what it gave them before."""
+    found, clock = at
+    clock.now = 25.0
+    first = found._epochs(plan(), "short")
+    clock.now = 60.0
+    assert found._epochs(plan(), "short") == first
+
+
+def test_slow_tries_leave_the_recoveries_their_least(at):
+    found, clock = at
+    clock.now = 99.0
+    short = found._epochs(plan(), "short")
+    assert short * (4 + 2 * TIMES) == pytest.approx(LEAST * 100, rel=1e-3)
