@@ -17,7 +17,9 @@ import torch
 
 import whet
 from whet import catalog, cli, runner
+from whet.errors import BadInput
 from whet.search import bench
+from whet.search import run as searching
 
 TASK = """
 import dataclasses
@@ -603,6 +605,27 @@ def test_a_search_and_a_recipe_exclude_each_other(bad):
         "compress", "t.py:task", "-r", "r.yaml", "--minimize", "size",
         found="search with --minimize: a recipe is given. Leave one of them out.",
     )  # fmt: skip
+
+
+def test_a_preset_that_does_not_exist(bad):
+    bad(
+        "compress", "t.py:task", "--preset", "mobil",
+        found="use the preset 'mobil': there is no such preset. Did you mean mobile?",
+    )  # fmt: skip
+
+
+def test_a_preset_searches_by_its_goals(run: Run, here: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, Any] = {}
+
+    def search(task: whet.Task, **options: Any) -> None:
+        asked.update(options)
+        raise BadInput("search", "this is enough", "Stop.")
+
+    monkeypatch.setattr(searching, "search", search)
+    assert run("compress", "t.py:task", "--preset", "mobile", "--drop", "2pp")[0] == 2
+    assert {n: asked[n] for n in ("drop", "size", "minimize")} == {
+        "drop": "2pp", "size": "0.25x", "minimize": "latency",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("words", [["explain", "out"], ["compress", "t.py:task", "--pick", "2"]])

@@ -38,6 +38,7 @@ from whet.report.heatmap import heatmap, probe_tables
 from whet.report.page import page
 from whet.report.table import layer_table, tables
 from whet.search import run as searching
+from whet.search import wish
 from whet.targets.processor import here
 from whet.task import Task
 from whet.technique import card, knobs, span
@@ -249,6 +250,10 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a run that was interrupted.")
     ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Usual goals: mobile, edge, realtime, cloud; others beside it count."),
+    ] = None,
     minimize: Annotated[
         str | None,
         typer.Option(
@@ -288,12 +293,18 @@ def compress(
 
     `whet compress my_task.py:task --drop 0.5pp --minimize latency --time 30m`
 
+    `whet compress my_task.py:task --preset mobile`
+
     `whet compress my_task.py:task --pick 3 -o out/`
     """
     if pick is not None:
         _pick(task, output, pick, threads, rounds, as_json)
     runner.free(output, force)
+    usual = {} if preset is None else wish.preset(preset)
+    if recipe is None:
+        minimize = minimize or usual.get("minimize")
     limits = {"drop": drop, "latency": latency, "size": size, "macs": macs, "memory": memory}
+    limits = {name: text or usual.get(name) for name, text in limits.items()}
     limits = {name: text for name, text in limits.items() if text is not None}
     options: dict[str, Any] = {"target": target, "threads": threads, "seed": seed} | limits
     options["rounds"] = rounds

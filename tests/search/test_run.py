@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from whet.errors import BadInput
 from whet.report import finding
 from whet.report.page import page
 from whet.search import bench, menu, run
+from whet.search.wish import PRESETS
 from whet.testing import tiny_task
 
 QUICK = {"rounds": 5, "techniques": ["L1Filters", "Magnitude", "Svd"], "finishes": ["float"]}
@@ -178,6 +180,25 @@ def test_goals_search_and_none_do_not(monkeypatch):
     whet.compress(task, rounds=5)
     whet.compress(dataclasses.replace(task, validation=None), size="0.5x")
     assert [name for name, _ in called] == ["search", "apply", "apply"]
+
+
+def test_what_stands_beside_a_preset_counts(monkeypatch):
+    called = []
+    monkeypatch.setattr(run, "search", lambda task, **options: called.append(options))
+    task = tiny_task("plain_cnn")
+    whet.compress(task, preset="mobile", size="0.5x")
+    assert called == [{"drop": "1pp", "size": "0.5x", "minimize": "latency"}]
+    with pytest.raises(BadInput, match=r"the preset 'mobil': there is no such preset.*mobile"):
+        whet.compress(task, preset="mobil")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_documentation_says_what_a_preset_is(name):
+    wanted = dict(PRESETS[name])
+    small = wanted.pop("minimize")
+    limits = ", ".join(f"{cost} {limit}" for cost, limit in wanted.items())
+    text = (Path(__file__).parents[2] / "docs" / "search.md").read_text()
+    assert f"| `{name}` | {limits} | {small} |" in text
 
 
 def test_as_little_as_a_drop_allows():

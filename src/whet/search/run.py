@@ -41,6 +41,7 @@ from whet.search.costs import Costs
 from whet.search.menu import NOTHING, Menu, total
 from whet.search.plan import Plan
 from whet.search.wish import COSTS, FINISHES, Wish, duration, finishing
+from whet.search.wish import preset as usual
 from whet.targets.target import Target
 from whet.task import Task
 
@@ -50,8 +51,15 @@ SOLVES = 10  # to find the plan of a deviation
 MARGIN = 0.99  # predicted costs keep this far within their limits
 
 
-def compress(task: Task, **options: Any) -> Result:
-    """`search` where goals and validation data are given; else a built-in recipe is applied."""
+def compress(task: Task, *, preset: str | None = None, **options: Any) -> Result:
+    """`search` where goals and validation data are given; else a built-in recipe is applied.
+
+    Args:
+        task: the network and its data.
+        preset: "mobile", "edge", "realtime" or "cloud": usual goals; options given beside it count.
+        options: as `search` and `whet.apply` take them.
+    """
+    options = ({} if preset is None else usual(preset)) | options
     own = set(inspect.signature(search).parameters) - {"task", "options"}
     if own & options.keys() or (task.validation and Goals.model_fields.keys() & options.keys()):
         return search(task, **options)

@@ -18,6 +18,13 @@ FINISHES: dict[str, tuple[tuple[str, dict[str, Any]], ...]] = {
     "int8": (("FoldBatchNorm", {}), ("StaticInt8", {})),
     "4-bit weights": (("FoldBatchNorm", {}), ("Gptq", {"bits": 4})),
 }
+# what is usually asked for where a network is to run
+PRESETS: dict[str, dict[str, str]] = {
+    "mobile": {"drop": "1pp", "size": "0.25x", "minimize": "latency"},
+    "edge": {"drop": "2pp", "size": "0.2x", "latency": "0.4x", "minimize": "size"},
+    "realtime": {"latency": "0.3x", "minimize": "drop"},
+    "cloud": {"drop": "0.3pp", "minimize": "latency"},
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,19 @@ class Wish:
                 raise BadInput(
                     f"finish with {name!r}", "there is no such end", nearest(name, FINISHES)
                 )
+
+
+def preset(name: str) -> dict[str, str]:
+    """The limits of one of `PRESETS`, and what it makes small.
+
+    Raises:
+        BadInput: there is none of this name.
+    """
+    if name not in PRESETS:
+        raise BadInput(
+            f"use the preset {name!r}", "there is no such preset", nearest(name, PRESETS)
+        )
+    return PRESETS[name]
 
 
 def finishing(name: str) -> list[Technique]:
