@@ -34,12 +34,12 @@ from whet.targets.target import Target
 from whet.task import Task, evaluate, limited
 from whet.technique import Technique, Work
 
-EXAMPLES = 256  # of each try
+EXAMPLES = 128  # of each try
 PROFILES = 6  # random plans that are timed
 TIMES = 3.0  # a long recovery over a short one
 LEAST = 0.3  # of the time is for recoveries, however long the tries took
-TRYING = 0.3  # of the time, that the tries of one technique may take
-PATIENCE = 600.0  # seconds that the tries of one technique may take, where no time is given
+TRYING = 0.25  # of the time is for tries
+PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
 RATES = (0.05, 0.01, 0.002)
 TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student

@@ -36,7 +36,7 @@ Counts = tuple[int, int]  # MACs, bytes as deployed
 NOTHING: Counts = (0, 0)
 ALIKE = 0.1  # savings within this share of each other are the same
 # what a try looks at and how long it trains, by the knobs that say it
-FEW = {"calibrate": 256, "examples": 256, "steps": 0}
+FEW = {"calibrate": 128, "examples": 128, "steps": 0}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class About:
     Args:
         targets: the runtimes in question.
         seed: of everything random.
-        patience: seconds that the tries of one technique may take in all.
+        patience: seconds that the tries of all techniques may take.
     """
 
     targets: list[Target]
@@ -182,14 +182,21 @@ def draw(
 
 
 def _too_long(kind: type[Technique], tries: Tries) -> str | None:
-    """Why it cannot be tried everywhere in time, from one try at one place."""
+    """Why it cannot be tried everywhere in time."""
+    seconds = _seconds(kind, tries)
+    return _slow(seconds) if seconds > tries.patience else None
+
+
+def _slow(seconds: float) -> str:
+    return f"its tries would take about {max(seconds / 60, 1):.0f} minutes"
+
+
+def _seconds(kind: type[Technique], tries: Tries) -> float:
+    """What its tries take, from one at one place."""
     places, rungs = kind().places(tries.task.model, tries.task.example), _rungs(kind)
     knob, value = rungs[0]
     said = tries(tried(kind, {"only": (places[0],), knob: value}))
-    seconds = said.get("seconds", 0.0) * len(places) * len(rungs)
-    if seconds > tries.patience:
-        return f"its tries would take about {max(seconds / 60, 1):.0f} minutes"
-    return None
+    return said.get("seconds", 0.0) * len(places) * len(rungs)
 
 
 def _rungs(kind: type[Technique]) -> list[tuple[str, Any]]:
@@ -230,7 +237,22 @@ def _screened(
         else:
             share = stays[rival][1]["deviation"] / max(said["deviation"], 1e-12)
             menu.verdicts[name] = f"{rival} saves as much at {share:.2g} of its error"
+    room = tries.patience
+    for name in sorted(stays, key=lambda name: _worth(*stays[name][1:], before)):
+        kind = stays[name][0]
+        if menu.verdicts[name] == "taken":
+            seconds = _seconds(kind, tries)
+            room -= seconds
+            if room < 0:
+                room += seconds
+                menu.verdicts[name] = f"{_slow(seconds)}, which others are worth more"
     return {n: kind for n, (kind, _, _) in stays.items() if menu.verdicts[n] == "taken"}
+
+
+def _worth(said: Mapping[str, Any], now: Counts, before: Counts) -> float:
+    """L / s^2: a step that saves the share s more or less disturbs as its square."""
+    share = max(1 - a / max(b, 1) for a, b in zip(now, before, strict=True))
+    return said["deviation"] / share**2
 
 
 def _rivals(
