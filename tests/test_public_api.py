@@ -44,7 +44,9 @@ def test_unknown_root_name_is_an_attribute_error():
         _ = whet.compres
 
 
-@pytest.mark.parametrize("module", ["whet", "whet.targets.worker", "whet.targets.onnxruntime"])
+@pytest.mark.parametrize(
+    "module", ["whet", "whet.targets.worker", "whet.targets.launcher", "whet.targets.onnxruntime"]
+)
 def test_import_stays_light(module: str):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -2,10 +2,12 @@
 
 import copy
 import os
+import signal
 import sys
 import tempfile
+import threading
+import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ from whet.errors import TargetFailed
 from whet.measure.latency import Variant, time_together
 from whet.optional import installed
 from whet.recipe import Recipe
-from whet.targets import processor
-from whet.targets import target as protocol
+from whet.targets import launcher, processor
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.processor import Processor
 from whet.targets.target import Target
@@ -250,19 +251,63 @@ def test_a_file_that_the_runtime_refuses(target: Target, tmp_path: Path):
         ("pass", "it exited with 0 and said nothing"),
     ],
 )
+@pytest.mark.parametrize("forks", [True, False])
 def test_a_worker_that_dies_is_named(
-    code: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: str, words: str, forks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real: Callable[..., Any] = protocol.subprocess.run
-
-    def run(command: list[str], **options: Any) -> Any:
-        return real([sys.executable, "-c", code], **options)
-
-    monkeypatch.setattr(protocol.subprocess, "run", run)
+    dies = f"from whet.targets import launcher, worker\ndef main(job):\n    {code}\n"
+    dies += "worker.main = main\nlauncher.serve()" if forks else "main(None)"
+    monkeypatch.setattr(launcher, "PYTHON", [sys.executable, "-c", dies])
+    monkeypatch.setattr(launcher, "FORKS", forks)
+    monkeypatch.setattr(launcher, "_known", known := [])
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    with pytest.raises(TargetFailed, match=f"time with onnxruntime: .*{words}"):
-        catalog.target("onnxruntime").job("time")
+    try:
+        for _ in range(2):  # the second one as well, with the same launcher
+            with pytest.raises(TargetFailed, match=f"time with onnxruntime: .*{words}"):
+                catalog.target("onnxruntime").job("time")
+    finally:
+        for each in known:
+            each.end()
+    assert len(known) == int(forks)
     assert not os.listdir(tmp_path)
+
+
+def test_an_interrupt_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    mark = tmp_path / "mark"
+    waits = "import os, time, pathlib; "
+    waits += f"pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    serves = f"from whet.targets import launcher, worker\ndef main(job):\n    {waits}\n"
+    serves += "worker.main = main\nlauncher.serve()"
+    monkeypatch.setattr(launcher, "PYTHON", [sys.executable, "-c", serves])
+    monkeypatch.setattr(launcher, "_known", known := [])
+
+    def interrupt() -> None:
+        while not (mark.exists() and mark.read_text()):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        catalog.target("onnxruntime").job("time")
+    thread.join()
+    assert known[0].process.returncode == -signal.SIGKILL
+    job = Path("/proc", mark.read_text(), "stat")
+    ended = [time.sleep(0.01) or not job.exists() or ") Z" in job.read_text() for _ in range(50)]
+    assert any(ended)
+
+
+def test_jobs_share_a_launcher_and_a_fork_has_its_own(
+    target: Target, nets: Nets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran(target, nets["flatten_cnn"][2], tmp_path)
+    first = launcher._launcher()
+    ran(target, nets["flatten_cnn"][2], tmp_path)
+    assert launcher._launcher() is first
+    monkeypatch.setattr(launcher.os, "getpid", lambda: -1)
+    other = launcher._launcher()
+    assert other is not first
+    other.end()
 
 
 def test_files_in_the_current_folder_are_not_imported(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 
 from whet.errors import TargetFailed
+from whet.targets.launcher import launch
 from whet.targets.processor import Processor
 
 if TYPE_CHECKING:
@@ -122,14 +121,11 @@ class Target(ABC):
                 np.save(folder / f"in{k}.npy", array)
             job = {"target": self.name, "do": do, "folder": name, "inputs": len(arrays)} | what
             (folder / "job.json").write_text(json.dumps(job, default=str))
-            # -P: files of the user's that lie in the current folder are not Python's modules
-            worker = ["-P", "-m", "whet.targets.worker"]
-            command = [sys.executable, *worker, str(folder / "job.json")]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0 or not (folder / "result.json").exists():
+            status, words = launch(folder / "job.json")
+            if status != 0 or not (folder / "result.json").exists():
                 raise TargetFailed(
                     f"{do} with {self.name}",
-                    _last_words(done),
+                    _last_words(status, words),
                     "Try another --target, or another precision or thread count.",
                 )
             said = json.loads((folder / "result.json").read_text())
@@ -144,8 +140,8 @@ class Result:
         self.said, self.outputs = said, outputs
 
 
-def _last_words(done: subprocess.CompletedProcess[str]) -> str:
-    if done.returncode < 0:
-        return f"it killed its process ({signal.Signals(-done.returncode).name})"
-    lines = [line for line in done.stderr.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else f"it exited with {done.returncode} and said nothing"
+def _last_words(status: int, words: str) -> str:
+    if status < 0:
+        return f"it killed its process ({signal.Signals(-status).name})"
+    lines = [line for line in words.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else f"it exited with {status} and said nothing"
