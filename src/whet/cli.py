@@ -301,11 +301,11 @@ def compress(
         _pick(task, output, pick, threads, rounds, as_json)
     runner.free(output, force)
     usual = {} if preset is None else wish.preset(preset)
-    if recipe is None:
-        minimize = minimize or usual.get("minimize")
+    if recipe is None and minimize is None:
+        minimize = usual.get("minimize")
     limits = {"drop": drop, "latency": latency, "size": size, "macs": macs, "memory": memory}
-    limits = {name: text or usual.get(name) for name, text in limits.items()}
-    limits = {name: text for name, text in limits.items() if text is not None}
+    own = {name: text for name, text in limits.items() if text is not None}
+    limits = {name: text for name, text in usual.items() if name in limits} | own
     options: dict[str, Any] = {"target": target, "threads": threads, "seed": seed} | limits
     options["rounds"] = rounds
     runner.settings_of(options)
