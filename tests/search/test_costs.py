@@ -59,3 +59,33 @@ def test_less_work_is_never_predicted_to_cost_more():
     noisy = [Profile(layers[0], {"a": 1.0}, 0.9, 1.0), Profile(layers[1], {"a": 0.5}, 1.0, 0.8)]
     costs = Costs(BASE, noisy)
     assert costs.predict([offer("a", a=(500, 200))])["latency"] <= costs.predict(())["latency"]
+
+
+TWINS = {"a": (1000, 400), "b": (1000, 400), "c": (9000, 800)}
+
+
+def parts(path, *macs):
+    """An offer that puts small layers in the place of another."""
+    new = {f"{path}.{k}": (n, 4) for k, n in enumerate(macs)}
+    return offer(path, **{path: (0, 0)}, **new)
+
+
+def slow(layers):
+    """A runtime in which new layers take a millisecond whatever they compute."""
+    times = {path: each[0] / 1000 if path in TWINS else 1.0 for path, each in layers.items()}
+    return Profile(layers, times, sum(times.values()) / 11, 1.0)
+
+
+def test_a_new_layer_takes_what_its_like_took_elsewhere():
+    known = [combined(TWINS, []), combined(TWINS, [parts("a", 100, 50)])]
+    costs = Costs(TWINS, [slow(layers) for layers in known])
+    plan = [parts("b", 100, 50)]
+    assert costs.predict(plan)["latency"] == pytest.approx(slow(combined(TWINS, plan)).latency)
+
+
+@pytest.mark.parametrize("plan", [parts("b", 10, 10), parts("b", 100, 50, 10)])
+def test_what_no_plan_has_timed_is_predicted_to_save_no_time(plan):
+    """New layers cost nothing once, so that plans were full of them, and slow."""
+    costs = Costs(TWINS, [slow(combined(TWINS, []))])
+    assert costs.predict([plan])["latency"] == pytest.approx(costs.predict(())["latency"])
+    assert costs.predict([plan])["macs"] < 1

@@ -1,8 +1,9 @@
 """What a plan costs: counts exactly, bytes and latency from measurements of whole networks.
 
 Some random plans are carried out, deployed and timed in the runtime, layer by layer. Layers that
-were alike in the original share one table of (MACs, milliseconds); between its points lines are
-drawn. The whole network's time follows as
+were alike in the original share one table of (MACs, milliseconds), and so do layers that stand
+alike in the place of such; between its points lines are drawn. Layers in the place of another that
+no plan has timed are taken to be as slow as that was. The whole network's time follows as
 
     t = a sum_l t_l(MACs_l) + b,
 
@@ -78,24 +79,49 @@ class Costs:
     def __post_init__(self) -> None:
         self.tables: dict[Any, dict[int, list[float]]] = {}
         for profile in self.profiles:
-            for path, each in profile.layers.items():
+            for path, like in self._likes(profile.layers).items():
                 if path in profile.times:
-                    table = self.tables.setdefault(self._like(path), {})
-                    table.setdefault(each[0], []).append(profile.times[path])
+                    table = self.tables.setdefault(like, {})
+                    table.setdefault(profile.layers[path][0], []).append(profile.times[path])
         sums = [self._layer_time(profile.layers) for profile in self.profiles]
         self.time = _line(sums, [profile.latency for profile in self.profiles])
         sizes = [float(total(profile.layers)[1]) for profile in self.profiles]
         self.size = _line(sizes, [profile.bytes for profile in self.profiles])
 
-    def _like(self, path: str) -> Any:
-        """Layers of one table: those of equal counts in the original, or each new one alone."""
-        return self.base.get(path, path)
+    def _likes(self, layers: Mapping[str, Counts]) -> dict[str, Any]:
+        """What layers have in common that share a table, by path.
+
+        Layers of the original their counts there; new ones those of the layer whose place they
+        took, and who stands beside them in it.
+        """
+        places = {path: self._place(path) for path in layers}
+        beside: dict[str, list[str]] = {}
+        for path, place in places.items():
+            if place != path:
+                beside.setdefault(place, []).append(path[len(place) :])
+        return {
+            path: self.base[place]
+            if path == place
+            else (self.base.get(place, place), path[len(place) :], tuple(sorted(beside[place])))
+            for path, place in places.items()
+        }
+
+    def _place(self, path: str) -> str:
+        """The layer of the original at this path or above it; "" where there is none."""
+        while path and path not in self.base:
+            path = path.rpartition(".")[0]
+        return path
 
     def _layer_time(self, layers: Mapping[str, Counts]) -> float:
-        return sum(self._one(path, macs) for path, (macs, _) in layers.items())
+        likes = self._likes(layers)
+        return sum(self._one(likes[path], macs) for path, (macs, _) in layers.items())
 
-    def _one(self, path: str, macs: int) -> float:
-        table = self.tables.get(self._like(path))
+    def _one(self, like: Any, macs: int) -> float:
+        """Milliseconds of one layer."""
+        table = self.tables.get(like)
+        if table is None and len(like) == 3:  # a new one, which shares the time of the old one
+            old, _, beside = like
+            return self._one(old, old[0]) / len(beside) if old in self.tables else 0.0
         if table is None:
             return 0.0
         points = sorted((m, float(np.median(ms))) for m, ms in table.items())
