@@ -123,6 +123,14 @@ def test_trials_that_no_other_beats_are_kept_and_can_be_picked(found, tmp_path):
         run.pick(task, folder, 99)
 
 
+def test_no_plan_is_tried_twice():
+    """The strongest plan of all is bearable here, and found once."""
+    more = SMALL | {"trials": 6, "finals": 0, "epochs": 0.2, "techniques": ["L1Filters"]}
+    said = run.search(tiny_task("plain_cnn"), drop="50pp", minimize="macs", **more).readings
+    tried = [(t["recipe"], t["final"]) for t in said["search"]["trials"]]
+    assert 1 < len(set(tried)) == len(tried)
+
+
 def test_an_offer_is_what_the_technique_does_alone(found):
     task = tiny_task("plain_cnn")
     counted = menu.counts(task.model, task.example)

@@ -224,6 +224,7 @@ class Search:
         passing: list[tuple[float, Plan]] = []
         kinds = ["short"] * self.wish.trials
         kinds += ["long"] * (self.wish.finals if self.task.train is not None else 0)
+        seen: set[tuple[Any, ...]] = set()
         for turn, kind in enumerate(kinds):
             first = kind == "long" and kinds[turn - 1] == "short"
             try:
@@ -236,6 +237,10 @@ class Search:
             if not plan.offers:
                 self.notes.append("nothing that a plan could change is predicted to be bearable.")
                 return
+            this = (kind, *map(id, plan.offers))
+            if this in seen:
+                continue  # what was measured leads to it again
+            seen.add(this)
             trial = self._trial(plan, self.way, kind)
             if trial is not None:
                 self._learn(costs, trial)
