@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import whet
-from whet import checkpoint, packed, runner
+from whet import catalog, checkpoint, packed, runner
 from whet.errors import BadInput, BrokenPromise, Disagrees, Refused
 from whet.recipe import Recipe, built_in
 from whet.runner import Result, Settings, free, settings_of
@@ -95,6 +95,31 @@ def test_the_last_step_reads_the_files_that_are_proved(result: Result):
     start, was = result.readings["start"], result.readings["original"]
     assert (start["bytes"], start["bytes_packed"]) == (was["bytes"], was["bytes_packed"])
     assert last["bytes_packed"] < was["bytes_packed"]
+
+
+def test_runs_that_share_what_is_known_measure_a_file_once(
+    task: Task, monkeypatch: pytest.MonkeyPatch
+):
+    files: list[bytes] = []
+    measure = runner.quality.measure
+
+    def counted(target: Any, file: Path, *args: Any, **options: Any) -> Any:
+        files.append(file.read_bytes())
+        return measure(target, file, *args, **options)
+
+    monkeypatch.setattr(runner.quality, "measure", counted)
+    known: dict[Any, Any] = {}
+    options: dict[str, Any] = {"rounds": 5, "step_readings": False, "known": known}
+    values = []
+    for amount in (0.3, 0.6):
+        recipe = Recipe([catalog.technique("Magnitude", {"amount": amount})])
+        values.append(runner.apply(recipe, task, **options).readings["original"]["metric"])
+    original, *others = files
+    # the reading at the start is of fewer examples than the one at the end
+    assert files.count(original) == 2
+    assert len(others) == 3
+    assert values[0] == values[1]
+    assert len(known) == 4
 
 
 def test_goals_are_judged(result: Result):

@@ -34,7 +34,7 @@ from whet.release import VERSION
 from whet.report.page import page
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
-from whet.task import Task, batch_size, tensors_in
+from whet.task import Batches, Task, batch_size, tensors_in
 from whet.task import seed as seed_batches
 from whet.technique import Technique, Work
 
@@ -56,6 +56,7 @@ class Settings:
         step_readings: deploy and measure after every step, not at the end alone.
         workspace: where checkpoints live; None for a temporary folder.
         resume: go on from the checkpoints in `workspace`.
+        known: readings by content of the file and data; runs on one task may share them.
         tell: progress.
     """
 
@@ -68,6 +69,7 @@ class Settings:
     step_readings: bool = True
     workspace: Path | None = None
     resume: bool = False
+    known: dict[tuple[Any, ...], quality.Reading] = field(default_factory=dict, repr=False)
     tell: Tell = lambda what, done, of: None
 
 
@@ -422,16 +424,27 @@ class _Run:
     def _metric(self, file: Path) -> float | None:
         if self.task.validation is None:
             return None
-        return quality.measure(
-            self.target,
-            file,
-            self.task.example,
-            self.like,
-            self.task.validation,
-            self.task.measure,
-            threads=cores(),
-            examples=self.settings.step_examples,
-        ).value
+        most = self.settings.step_examples
+        return self._measured(file, "validation", self.task.validation, most).value
+
+    def _measured(
+        self, file: Path, split: str, batches: Batches, examples: int | None = None
+    ) -> quality.Reading:
+        """The metric of a file, measured once."""
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        key = (digest, self.target.name, split, examples)
+        if key not in self.settings.known:
+            self.settings.known[key] = quality.measure(
+                self.target,
+                file,
+                self.task.example,
+                self.like,
+                batches,
+                self.task.measure,
+                threads=cores(),
+                examples=examples,
+            )
+        return self.settings.known[key]
 
     def _times(self, variants: list[latency.Variant], rounds: int) -> dict[str, latency.Timing]:
         return latency.time_together(
@@ -569,9 +582,7 @@ class _Run:
         said: dict[str, Any] = {"metric": None}
         metric = self.task.measure
         if batches is not None:
-            reading = quality.measure(
-                self.target, file, self.task.example, self.like, batches, metric, threads=cores()
-            )
+            reading = self._measured(file, split, batches)
             said["metric"] = {
                 "name": metric.name,
                 "value": reading.value,

@@ -216,7 +216,7 @@ class Bench:
 
     def options(self, target: str) -> dict[str, Any]:
         """What the runner is told."""
-        own = ("goals", "threads", "seed", "rounds", "tell")
+        own = ("goals", "threads", "seed", "rounds", "known", "tell")
         return {"target": target} | {name: getattr(self.settings, name) for name in own}
 
     # -- recovery ----------------------------------------------------------------------------
