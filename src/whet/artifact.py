@@ -97,7 +97,11 @@ def decode(data: bytes, into: nn.Module | None = None) -> nn.Module:
         }
         plain = {name: t for name, t in tensors.items() if "//" not in name}
         if into is None:
-            dense = {name: form.dense().detach() for name, form in forms.items()}
+            # computed where the class is there, and so frozen: torch chooses kernels by what trains
+            dense = {
+                name: nn.Parameter(form.dense().detach(), requires_grad=False)
+                for name, form in forms.items()
+            }
             return program.build(graph, plain | dense, parts.get("", {}))
     except MALFORMED as error:
         raise damaged(f"its parts do not fit together ({type(error).__name__}: {error})") from error

@@ -177,7 +177,8 @@ def _cost_falls(model: nn.Module, task: Task, technique: Technique) -> None:
         {key: sum(layer.numbers()[key] for layer in side.values()) for key in ("bytes", "macs")}
         for side in (old, new)
     )
-    assert after["macs"] <= before["macs"], f"{technique.name} adds operations"
+    adds = after["macs"] > before["macs"]
+    assert not adds or technique.adds_operations, f"{technique.name} adds operations"
     assert after["bytes"] <= before["bytes"], f"{technique.name} adds bytes"
 
 

@@ -54,9 +54,9 @@ def check(before: Promises, model: nn.Module, example: tuple[Any, ...], step: st
     now = promises(model)
     paths = {name for name, _ in model.named_modules()}
     for name, old in before.weights.items():
-        path = name.rpartition(".")[0]
+        path, _, leaf = name.rpartition(".")
         new = now.weights.get(name)
-        if path not in paths or not hasattr(model.get_submodule(path), "weight"):
+        if path not in paths or not hasattr(model.get_submodule(path), leaf):
             continue  # the layer itself is gone, by an edit that is on record
         if new is None or not old.kinds <= new.kinds:
             lost = ", ".join(sorted(k.__name__ for k in old.kinds - (new.kinds if new else set())))

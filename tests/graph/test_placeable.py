@@ -10,6 +10,7 @@ from whet.errors import Damaged
 from whet.graph import placeable
 from whet.graph.attention import Attention
 from whet.graph.placeable import Bias, Concat, Reorder, Shortcut, Sum, Transpose
+from whet.graph.tensortrain import TrainTable
 
 IMAGE, ROW, WAVE = (2, 4, 6, 6), (2, 4), (2, 4, 6)
 PLACED = [
@@ -62,9 +63,22 @@ def test_a_table_comes_back():
     assert placeable.elements(placeable.describe(table)) == 15
 
 
+def test_a_train_of_tables_comes_back():
+    table = TrainTable((3, 4, 2), (2, 1, 3), (2, 5), 6)
+    spec = json.loads(json.dumps(placeable.describe(table)))
+    assert placeable.elements(spec) == sum(each.numel() for each in table.parameters()) == 82
+    twin = placeable.construct(spec)
+    twin.load_state_dict(table.state_dict())
+    index = torch.randint(0, 24, (2, 4))
+    assert torch.equal(twin(index), table(index))
+    with pytest.raises(Damaged, match="a TrainTable of"):
+        placeable.construct(spec | {"ranks": [2, 0]})
+
+
 def test_every_kind_is_tried():
     inside = {nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose3d, nn.BatchNorm1d, nn.BatchNorm3d}
     shown = {type(module) for module, _ in PLACED} | {nn.Sequential, nn.Embedding, Attention}
+    shown |= {TrainTable}
     assert set(placeable.KINDS.values()) == shown | inside
 
 

@@ -1,8 +1,9 @@
 """The modules that surgery may put in place: each is described as JSON and built again from it.
 
-Beside torch's layers there are six of our own, from which the rest is composed: what is left of a
+Beside torch's layers there are seven of our own, from which the rest is composed: what is left of a
 dropped block, branches that are summed, branches that are concatenated, channels in another order,
-two dimensions that change places, and a bias. A file that describes any other module is refused.
+two dimensions that change places, a bias, and a table as a train of tables. A file that describes
+any other module is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from whet.errors import Damaged, nearest
 from whet.graph.attention import Attention
+from whet.graph.tensortrain import TrainTable
 
 
 class Shortcut(nn.Identity):
@@ -88,6 +90,7 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 COMPOSED = (nn.Sequential, Sum, Concat)
 WINDOW = ("kernel_size", "stride", "padding")
 SLIDING = (*WINDOW, "dilation", "groups", "padding_mode")
+TRAIN = ("rows", "widths", "ranks", "width")
 # the arguments a module is built with, as its attributes are called
 ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVOLUTIONS, SLIDING),
@@ -107,6 +110,7 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Unflatten: ("dim", "unflattened_size"),
     nn.Embedding: ("num_embeddings", "embedding_dim"),
     Bias: ("size",),
+    TrainTable: TRAIN,
 }
 KINDS = {kind.__name__: kind for kind in (nn.Linear, Attention, *COMPOSED, *ARGUMENTS)}
 TABLES = ("num_features", "num_embeddings", "size")
@@ -175,7 +179,8 @@ def construct(spec: Mapping[str, Any]) -> nn.Module:
         sizes = [int(options.pop("in")), int(options.pop("out"))]
         known |= {"bias"}
     positive = [*sizes, *(options[name] for name in TABLES if name in options)]
-    positive += options["kernel_size"] if isinstance(options.get("kernel_size"), tuple) else ()
+    for name in ("kernel_size", *TRAIN[:3]):
+        positive += options[name] if isinstance(options.get(name), tuple) else ()
     if not set(options) <= known or min([1, *positive]) < 1:
         found = f"a {kind.__name__} of {dict(spec)}"
         raise Damaged("replay an edit", found, "Do not trust the file.")
@@ -190,6 +195,10 @@ def elements(spec: Mapping[str, Any]) -> int:
     inside = sum(elements(child) for child in spec.get("children", ()))
     if "num_embeddings" in spec:
         return int(spec["num_embeddings"]) * int(spec["embedding_dim"])
+    if spec.get("type") == "TrainTable":
+        ranks = [1, *map(int, spec["ranks"]), 1]
+        sizes = zip(spec["rows"], spec["widths"], ranks, ranks[1:], strict=False)
+        return sum(math.prod(map(int, each)) for each in sizes)
     edges = 1
     if "in" in spec:
         edges = math.prod(int(edge) for edge in spec.get("kernel_size", ()))

@@ -394,7 +394,8 @@ def build(
             inputs.append(place)
         elif kind in ("weight", "tensor"):
             held[place] = tensors[rest[0]]
-            if kind == "weight" and held[place].is_floating_point():
+            trains = kind == "weight" and held[place].is_floating_point()
+            if trains and not isinstance(held[place], nn.Parameter):
                 held[place] = nn.Parameter(held[place])  # torch chooses kernels by what trains
         elif kind == "constant":
             held[place] = constants[rest[0]]

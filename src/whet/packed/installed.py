@@ -6,6 +6,7 @@ A form is installed through torch's own parametrization, so that training, `deep
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +50,15 @@ def install(module: nn.Module, name: str, form: Packed) -> None:
     delattr(module, name)
     module.register_buffer(name, weight.detach())
     parametrize.register_parametrization(module, name, form, unsafe=True)
+    if isinstance(module, nn.RNNBase):
+        type(module).__deepcopy__ = _copied  # type: ignore[attr-defined]
+
+
+def _copied(module: nn.RNNBase, memo: dict[int, Any]) -> nn.RNNBase:
+    """A copy without the list of weights as last computed, which torch makes anew at each call."""
+    replica = module.__new__(type(module))
+    replica.__dict__ = copy.deepcopy(module.__dict__ | {"_flat_weights": []}, memo)
+    return replica
 
 
 def _part(module: nn.Module) -> None:

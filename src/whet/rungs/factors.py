@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -54,13 +54,11 @@ class Layer:
         return tuple(self.module.weight.shape)  # type: ignore[union-attr]
 
 
-class FactorTechnique(LayerTechnique):
-    """A rung: one layer in; how thin ones compute it at given ranks, and their weights, out.
-
-    It is done only where that saves parameters and operations.
+class RankTechnique(LayerTechnique):
+    """A rung below others: knobs that choose the ranks at which matrices are cut.
 
     Class attributes:
-        acts_on: the layers that it is for, in words.
+        acts_on: what it is for, in words.
     """
 
     spoils: ClassVar[frozenset[type]] = packed.COMPRESSED | {Grid}
@@ -79,6 +77,44 @@ class FactorTechnique(LayerTechnique):
         float,
         Field(ge=0, lt=1, description="least share of the parameters and of the MACs to save"),
     ] = 0.1
+
+    def cut(
+        self,
+        matrices: Sequence[Tensor],
+        full: Sequence[int],
+        size: Callable[[tuple[int, ...]], float],
+        whole: int,
+    ) -> list[int]:
+        """The ranks that the knobs choose.
+
+        Args:
+            matrices: whose ranks are chosen, one each.
+            full: the ranks at which nothing is lost.
+            size: how many parameters are left at given ranks.
+            whole: how many there are.
+        """
+        if self.rank == "ratio":
+            return ranks.by_size(full, size, self.ratio * whole)
+        if self.rank == "vbmf":
+            return [ranks.by_vbmf(matrix) for matrix in matrices]
+        return [ranks.by_energy(torch.linalg.svdvals(matrix), self.energy) for matrix in matrices]
+
+    def nothing(self, tried: int) -> Refused:
+        """The refusal where none of `tried` gets smaller."""
+        given = getattr(self, self.rank, None)  # None: the data choose
+        cure = "Set rank to energy" if given is None else f"Lower {self.rank}"
+        return Refused(
+            f"{self.name}({'rank=vbmf' if given is None else f'{self.rank}={given}'})",
+            f"none of {tried} {self.acts_on} would get smaller",
+            f"{cure}, or leave {self.name} out for this network.",
+        )
+
+
+class FactorTechnique(RankTechnique):
+    """A rung: one layer in; how thin ones compute it at given ranks, and their weights, out.
+
+    It is done only where that saves parameters and operations.
+    """
 
     @abstractmethod
     def unfit(self, module: nn.Module) -> str:
@@ -102,13 +138,8 @@ class FactorTechnique(LayerTechnique):
 
     def chosen(self, layer: Layer) -> list[int]:
         """The ranks that the knobs choose."""
-        if self.rank == "ratio":
-            most = self.ratio * math.prod(layer.shape)
-            return ranks.by_size(self.full(layer), lambda r: parameters(self.specs(layer, r)), most)
-        found = self.matrices(layer)
-        if self.rank == "vbmf":
-            return [ranks.by_vbmf(matrix) for matrix in found]
-        return [ranks.by_energy(torch.linalg.svdvals(matrix), self.energy) for matrix in found]
+        size = lambda r: parameters(self.specs(layer, r))  # noqa: E731
+        return self.cut(self.matrices(layer), self.full(layer), size, math.prod(layer.shape))
 
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
         every = self.model_copy(update={"only": ()})
@@ -137,15 +168,9 @@ class FactorTechnique(LayerTechnique):
                 sides = "x".join(map(str, layer.shape))
                 work.notes.append(f"{path} stays: {which} of {sides} saves too little.")
             work.tell(done + 1, len(fit))
-        work.notes += _by_reason(left)
+        work.notes += by_reason(left)
         if not factored:
-            given = getattr(self, self.rank, None)  # None: the data choose
-            cure = "Set rank to energy" if given is None else f"Lower {self.rank}"
-            raise Refused(
-                f"{self.name}({'rank=vbmf' if given is None else f'{self.rank}={given}'})",
-                f"none of {len(fit)} {self.acts_on} would get smaller",
-                f"{cure}, or leave {self.name} out for this network.",
-            )
+            raise self.nothing(len(fit))
         work.notes.append(f"factored {factored} layers.")
 
     @torch.no_grad()
@@ -171,14 +196,14 @@ class FactorTechnique(LayerTechnique):
         self, model: nn.Module, run: Collection[str]
     ) -> tuple[dict[str, nn.Module], dict[str, str]]:
         """The layers that it is for, and why it leaves others alone, by path; `run` are called."""
-        owners = Counter(id(p) for m in model.modules() for p in m._parameters.values())
         fit, left = {}, {}
+        holders = owners(model)
         for path, module in weights(model, self.skip, self.only):
             if path not in run:
                 left[path] = "the example never runs it"
             elif not placeable.plain(module):
                 left[path] = "it is a class of its own"
-            elif owners[id(module._parameters.get("weight"))] > 1:
+            elif holders[id(module._parameters.get("weight"))] > 1:
                 left[path] = "its weight stands elsewhere too"
             elif reason := self.unfit(module):
                 left[path] = reason
@@ -228,7 +253,13 @@ def truncate(W: Tensor, rank: int, C: Tensor | None = None) -> tuple[Tensor, Ten
     return U * size, B / size[:, None]
 
 
-def _by_reason(left: Mapping[str, str]) -> Iterator[str]:
+def owners(model: nn.Module) -> Counter[int]:
+    """How many modules hold each parameter, by its id."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values())
+
+
+def by_reason(left: Mapping[str, str]) -> Iterator[str]:
+    """A note for each reason why layers were left, given by path."""
     for reason in dict.fromkeys(left.values()):
         paths = [path for path, why in left.items() if why == reason]
         yield f"left alone, as {reason}: {paths}."

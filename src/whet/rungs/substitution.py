@@ -53,8 +53,15 @@ class SubstituteTechnique(LayerTechnique):
         """What stands in for `layer`, made from its weights alone, or why there is nothing."""
 
     @abstractmethod
-    def refit(self, module: Any, x: Tensor, y: Tensor) -> None:
-        """Least squares on what `module`, made by `substitute`, reads and what it should give."""
+    def refit(self, module: Any, layer: Any, x: Tensor, y: Tensor) -> None:
+        """Least squares on what `module` reads and what it should give.
+
+        Args:
+            module: made by `substitute`, changed in place.
+            layer: what it stands in for.
+            x: what it reads, [examples, ...].
+            y: what it should give.
+        """
 
     def apply(self, work: Work) -> None:
         layers = self.layers(work.model)
@@ -124,7 +131,7 @@ class SubstituteTechnique(LayerTechnique):
             return None
         x, y = given.args[0], wanted.made
         made = error(module, x, y)
-        self.refit(module, x, y)
+        self.refit(module, before.get_submodule(path), x, y)
         refitted = error(module, x, y)
         return made, refitted, imitate(module, x, y, (self.steps, self.batch, self.lr))
 

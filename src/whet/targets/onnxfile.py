@@ -31,7 +31,7 @@ from whet.errors import TargetFailed
 from whet.graph import folding
 from whet.graph.ledger import ledger
 from whet.graph.trace import baked, export, module_path
-from whet.targets import products, tables
+from whet.targets import gates, products, tables
 from whet.targets.integers import rewrite
 from whet.targets.onnxgraph import OnnxGraph
 from whet.targets.target import Target
@@ -173,7 +173,9 @@ def _convert(
             ) from error
     assert written is not None
     graph = OnnxGraph(written.model_proto)
-    graph.name_turned({name: form.dense().detach().numpy() for name, form in forms.items()})
+    dense = {name: form.dense().detach().numpy() for name, form in forms.items()}
+    graph.name_turned(dense)
+    gates.store(graph, dense)
     rewrite(graph, forms)
     rounding = products.store(graph, forms, target)
     tables.store(graph, forms, target)

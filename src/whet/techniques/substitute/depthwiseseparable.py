@@ -43,7 +43,7 @@ class DepthwiseSeparable(SubstituteTechnique):
             return "its kernel is 1"
         return separable(layer, self.terms)
 
-    def refit(self, module: Any, x: Tensor, y: Tensor) -> None:
+    def refit(self, module: Any, layer: Any, x: Tensor, y: Tensor) -> None:
         with torch.no_grad():
             regress(module[1], module[0](x), y)
 

@@ -48,7 +48,7 @@ class Ghost(SubstituteTechnique):
             return f"its {layer.out_channels} outputs are no multiple of {self.ratio}"
         return ghosts(layer, self.ratio, self.kernel)
 
-    def refit(self, module: Any, x: Tensor, y: Tensor) -> None:
+    def refit(self, module: Any, layer: Any, x: Tensor, y: Tensor) -> None:
         with torch.no_grad():
             z = module[0](x)
             cheap, order = module[1][1], torch.tensor(module[2].order)
