@@ -255,6 +255,21 @@ def linear_cnn() -> Network:
     ), _image()
 
 
+def dense_cnn() -> Network:
+    """Convolutions that halve the image and widen it again: a class for each pixel."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 16),
+            nn.MaxPool2d(2),
+            *_step(16, 32),
+            nn.Upsample(scale_factor=2),
+            *_step(32, 16),
+            nn.Conv2d(16, CLASSES, 1),
+        ),
+        seed=11,
+    ), _image()
+
+
 def flatten_cnn() -> Network:
     """Convolutions with biases whose map is flattened into linear layers, as in LeNet."""
     return _seeded(
@@ -357,7 +372,9 @@ NETWORKS: Mapping[str, Callable[[], Network]] = {
     )
 }
 # networks that show one habit, which few techniques look for
-SPECIAL: Mapping[str, Callable[[], Network]] = {linear_cnn.__name__: linear_cnn}
+SPECIAL: Mapping[str, Callable[[], Network]] = {
+    make.__name__: make for make in (linear_cnn, dense_cnn)
+}
 
 
 def batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batch]:
@@ -386,6 +403,24 @@ def batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batc
     return found
 
 
+def dense_batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batch]:
+    """Images whose quarters are of one class each, told by colour; labels [size, height, width].
+
+    Args: as those of `batches`.
+    """
+    channels, *places = example.shape[1:]
+    colours = torch.randn(CLASSES, channels, generator=torch.Generator().manual_seed(0))
+    chance = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.arange(side) * 2 // side for side in places)
+    found: list[Batch] = []
+    for _ in range(count):
+        quarters = torch.randint(0, CLASSES, (size, 2, 2), generator=chance)
+        labels = quarters[:, rows][:, :, columns]
+        images = colours[labels].movedim(-1, 1)
+        found.append((images + torch.randn(images.shape, generator=chance), labels))
+    return found
+
+
 @torch.no_grad()
 def shaken(model: nn.Module, seed: int) -> nn.Module:
     """w (1 + e / 10), e ~ N(0, 1), of every weight, in place, as after another fine-tuning."""
@@ -403,13 +438,14 @@ def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = Non
         example: the inputs of a network of your own; one 3x8x8 image by default.
     """
     siblings: tuple[nn.Module, ...] = ()
+    deal = dense_batches if network == dense_cnn.__name__ else batches
     if isinstance(network, str):
         make = NETWORKS.get(network) or SPECIAL[network]
         siblings = (shaken(make()[0], seed=20),)
         network, example = make()
     example = example or _image()
     train, validation, test, calibration = (
-        batches(example[0], count, seed) for seed, count in enumerate((4, 2, 2, 2), start=10)
+        deal(example[0], count, seed) for seed, count in enumerate((4, 2, 2, 2), start=10)
     )
     return Task(
         network,

@@ -30,6 +30,7 @@ class Heard(NamedTuple):
         student: what the student gives; likewise `teacher`.
         shown: the outputs of the student's modules that are compared.
         wanted: the teacher's, under the student's names.
+        inputs: what the student was called with.
     """
 
     labels: Any
@@ -37,6 +38,7 @@ class Heard(NamedTuple):
     teacher: Any
     shown: Features
     wanted: Features
+    inputs: Any = None
 
     def at(self, taps: Mapping[str, str]) -> Heard:
         """The same with the features of `taps` alone, the teacher's under the student's names."""
@@ -259,7 +261,7 @@ class Lessons:
         for network, by in zip(networks, taps, strict=True):
             teacher = hire(network, example, {path for tap in by for path in tap.values()})
             answers, wanted = teacher(example, self.name)
-            heard = Heard(None, outputs, answers, shown, wanted)
+            heard = Heard(None, outputs, answers, shown, wanted, example)
             parts = [
                 Part(each.weight, tap, each.between(work, heard.at(tap)))
                 for each, tap in zip(losses, by, strict=True)
@@ -280,7 +282,7 @@ class Lessons:
         losses = [self.labels * self.task.penalty(outputs, labels)] if self.labels else []
         for teacher, parts in self.teachers:
             answers, wanted = teacher(inputs, self.name)
-            heard = Heard(labels, outputs, answers, shown, wanted)
+            heard = Heard(labels, outputs, answers, shown, wanted, inputs)
             share = 1 / len(self.teachers)
             losses += [share * part.weight * part.loss(heard.at(part.taps)) for part in parts]
         return torch.stack(losses).sum()
