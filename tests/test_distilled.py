@@ -110,6 +110,13 @@ def test_the_loss_falls_and_is_told(lesson):
     assert data.told[0] == pytest.approx(float(untaught), rel=0.2)
 
 
+def test_step_sizes_begin_small_and_are_learnt(lesson):
+    task, data = lesson
+    start = distill_data(task, passes=3, epochs=1, lr=1e-9).rates
+    torch.testing.assert_close(start, torch.full((3,), 0.02), rtol=1e-3, atol=0)
+    assert bool((data.rates > 0.1).all())
+
+
 def test_more_steps_do_better(lesson):
     task, one = lesson
     torch.manual_seed(0)

@@ -71,9 +71,9 @@ class Distilled:
 
 
 def start(model: nn.Module) -> Weights:
-    """theta_0: copies of the weights that train."""
+    """theta_0: the weights that train, apart from the network."""
     found = {n: w for n, w in model.named_parameters() if w.requires_grad}
-    return {n: w.detach().clone().requires_grad_() for n, w in found.items()}
+    return {n: w.detach().requires_grad_() for n, w in found.items()}
 
 
 def descended(model: nn.Module, theta: Weights, data: Distilled) -> Weights:
