@@ -218,3 +218,8 @@ def halves(W: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 def output_error(D: Tensor, H: Tensor) -> Tensor:
     """E |D x|^2 of each output: the diagonal of D H D^T, [out]."""
     return ((D @ H) * D).sum(dim=1)
+
+
+def code_lengths(counts: Tensor) -> Tensor:
+    """-log2 p(k) of each of K integers, p(k) = (n_k + 1/2) / (n + K / 2)."""
+    return torch.log2(counts.sum() + len(counts) / 2) - torch.log2(counts + 0.5)

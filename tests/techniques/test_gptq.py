@@ -7,10 +7,11 @@ from pydantic import ValidationError
 from whet import Recipe, numerics, packed
 from whet.errors import BadOrder
 from whet.graph import statistics
+from whet.rungs.columns import blocks, sweep
 from whet.rungs.layers import weights
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.quantize.biascorrection import latent
-from whet.techniques.quantize.gptq import Gptq, blocks, sweep
+from whet.techniques.quantize.gptq import Gptq
 from whet.techniques.quantize.roundtonearest import RoundToNearest
 from whet.techniques.quantize.staticint8 import StaticInt8
 from whet.testing import tiny_task
@@ -111,7 +112,7 @@ def test_blocks_do_not_matter(group, monkeypatch):
     W, H = torch.randn(5, 300), correlated(300, 3)
     made = {}
     for block in (128, 1, 1000):
-        monkeypatch.setattr("whet.techniques.quantize.gptq.BLOCK", block)
+        monkeypatch.setattr("whet.rungs.columns.BLOCK", block)
         ends = list(blocks(300, group))
         assert [a for a, _ in ends] == [0, *(b for _, b in ends[:-1])]
         assert ends[-1][1] == 300

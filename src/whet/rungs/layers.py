@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -188,6 +188,10 @@ class CalibratedTechnique(LayerTechnique):
         """
 
     def apply(self, work: Work) -> None:
+        self.pack_calibrated(work, self.pack)
+
+    def pack_calibrated(self, work: Work, pack: Callable[[Tensor, Tensor], packed.Packed]) -> None:
+        """Make each weight `pack` of it and its moments, with zeros where a mask has them."""
         layers = self.layers(work.model)
         batches = work.task.statistics()
         assert batches is not None  # `needs` was checked before any work
@@ -196,8 +200,8 @@ class CalibratedTechnique(LayerTechnique):
         for done, (path, module) in enumerate(layers):
             if path in moments:
                 alive = packed.support_of(module)  # an earlier mask lies over the leaf
-                pack = lambda w, a=alive, m=moments[path]: self.pack(w * a, m)  # noqa: E731
-                packed.rewrite(module, "weight", pack)
+                seen = moments[path]
+                packed.rewrite(module, "weight", lambda w, a=alive, m=seen: pack(w * a, m))
             work.tell(done + 1, len(layers))
         if unread:
             work.notes.append(f"left alone, as the calibration data never ran them: {unread}.")

@@ -150,11 +150,6 @@ def first_step(values: Tensor, share: float) -> Tensor:
     return torch.where(step > torch.finfo(step.dtype).tiny, step, torch.ones_like(step))
 
 
-def lengths(counts: Tensor) -> Tensor:
-    """-log2 p(k) of each of K integers, p(k) = (n_k + 1/2) / (n + K / 2)."""
-    return torch.log2(counts.sum() + len(counts) / 2) - torch.log2(counts + 0.5)
-
-
 class Rounded(torch.autograd.Function):
     """round(u), with the gradient of u."""
 
@@ -177,7 +172,7 @@ class Rate(torch.autograd.Function):
     def forward(ctx: Any, u: Tensor, top: int, zeros: int = 0) -> Any:
         counts = torch.bincount(places(u.round(), top, top), minlength=2 * top + 1).float()
         counts[top] += zeros
-        table = lengths(counts)
+        table = numerics.code_lengths(counts)
         ctx.save_for_backward(table.diff().index_select(0, places(u.floor(), top, top - 1)))
         return counts @ table
 
