@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from whet.errors import BadInput
-from whet.policies import BehaviourCloning, DAgger, Visits, actions_of, mean_return, visit
+from whet.policies import BehaviourCloning, DAgger, Visits, actions_of, as_state, mean_return, visit
 from whet.task import Task
 from whet.technique import Work
 from whet.techniques.distill.distill import Distill
@@ -25,7 +25,8 @@ class Road:
     """
 
     def __init__(self):
-        self.state, self.resets, self.taken = np.zeros(SEGMENTS * LANES), [], []
+        self.state = np.zeros(SEGMENTS * LANES, dtype=np.float32)
+        self.resets, self.taken = [], []
 
     def reset(self, *, seed):
         self.chance = np.random.default_rng(seed)
@@ -119,8 +120,10 @@ def test_each_round_adds_its_share_and_trains_on_all(monkeypatch):
         own.append(float(objective(None, actions, z) - nn.functional.cross_entropy(z, actions)))
 
     monkeypatch.setattr("whet.policies.fit", fit)
-    student = network().train()
+    student, modes = network().train(), []
+    student.register_forward_hook(lambda module, args, out: modes.append(module.training))
     DAgger(steps=10, rounds=4).teach(Road(), expert, student)
+    assert modes == [False] * 8  # it acts in all rounds but the first
     assert sizes == [2, 5, 7, 10]
     assert own == [0, 0, 0, 0]
     assert student.training
@@ -171,6 +174,19 @@ def test_visits_and_expert_make_a_task():
     task.check()
     work = Work(copy.deepcopy(student), student, replace(task, validation=None))
     Distill(epochs=1).apply(work)
+
+
+def test_states_are_copied_and_real_numbers_single():
+    for given, kind in (
+        (np.zeros(3), torch.float32),
+        (np.arange(3), torch.int64),
+        (2, torch.int64),
+    ):
+        assert as_state(given).dtype == kind
+    mine = np.zeros(3, dtype=np.float32)
+    kept = as_state(mine)
+    mine[:] = 1
+    assert not kept.any()
 
 
 def test_actions_are_the_best_scores_or_what_the_policy_says():
