@@ -83,8 +83,8 @@ def columns(codes: Tensor, mask: Tensor, table: Tensor, gap_bits: int = 4) -> Co
         found.append(code)
         starts.append(starts[-1] + size)
     values = torch.cat([table.new_zeros(1), table.detach()])
-    joined = (torch.cat(each) for each in (gaps, found))
-    return Columns(len(mask), torch.tensor(starts), *joined, values, gap_bits)
+    ends = torch.tensor(starts)
+    return Columns(len(mask), ends, torch.cat(gaps), torch.cat(found), values, gap_bits)
 
 
 def matvec(weight: Columns, x: Tensor) -> Tensor:
