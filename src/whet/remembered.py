@@ -1,8 +1,9 @@
 """A teacher that has been asked beforehand: its answers on disk, batch by batch.
 
 The batches of a pass follow from a seed, so that a pass can be had again, augmentation and order
-included. The first time the teacher answers it; from then on the answers are read. Training for
-more epochs than there are passes begins again with the first one.
+included. The first time the teacher answers it, in float32 whatever the precision of training; from
+then on the answers are read. Training for more epochs than there are passes begins again with the
+first one.
 
     lessons = Remembered(task.train, teacher, "answers/", passes=4)
     task = dataclasses.replace(task, train=lessons, teachers=(lessons.teacher,))
