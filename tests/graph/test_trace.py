@@ -235,3 +235,21 @@ def test_recording_leaves_the_random_state_and_no_hooks():
             recorder.record(model, x)
     assert [len(h) for h in hooks] == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_duplicate_is_a_deep_copy():
+    """What is one object stays one, nothing is shared with the original, hooks and all."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 3))
+    model[2].weight = model[0].weight
+    model.own = model[0].kept = {}
+    twin = trace.duplicate(model)
+    x = torch.randn(4, 3)
+    assert torch.equal(twin.eval()(x), model.eval()(x))
+    assert twin[2].weight is twin[0].weight
+    assert twin.own is twin[0].kept
+    ours = {id(held) for m in model.modules() for held in vars(m).values() if type(held) is dict}
+    theirs = {id(held) for m in twin.modules() for held in vars(m).values() if type(held) is dict}
+    assert not ours & theirs
+    assert not {id(p) for p in model.parameters()} & {id(p) for p in twin.parameters()}
+    twin[0].register_forward_hook(lambda *_: torch.zeros(4, 3))
+    assert not torch.equal(twin(x), model(x))

@@ -255,8 +255,8 @@ def test_a_file_that_the_runtime_refuses(target: Target, tmp_path: Path):
 def test_a_worker_that_dies_is_named(
     code: str, words: str, forks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    dies = f"from whet.targets import launcher, worker\ndef main(job):\n    {code}\n"
-    dies += "worker.main = main\nlauncher.serve()" if forks else "main(None)"
+    dies = f"from whet.targets import worker\ndef main(job):\n    {code}\n"
+    dies += "worker.main = main\nworker.serve()" if forks else "main(None)"
     monkeypatch.setattr(launcher, "PYTHON", [sys.executable, "-c", dies])
     monkeypatch.setattr(launcher, "FORKS", forks)
     monkeypatch.setattr(launcher, "_known", known := [])
@@ -276,8 +276,8 @@ def test_an_interrupt_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     mark = tmp_path / "mark"
     waits = "import os, time, pathlib; "
     waits += f"pathlib.Path({str(mark)!r}).write_text(str(os.getpid())); time.sleep(60)"
-    serves = f"from whet.targets import launcher, worker\ndef main(job):\n    {waits}\n"
-    serves += "worker.main = main\nlauncher.serve()"
+    serves = f"from whet.targets import worker\ndef main(job):\n    {waits}\n"
+    serves += "worker.main = main\nworker.serve()"
     monkeypatch.setattr(launcher, "PYTHON", [sys.executable, "-c", serves])
     monkeypatch.setattr(launcher, "_known", known := [])
 
@@ -295,6 +295,24 @@ def test_an_interrupt_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     job = Path("/proc", mark.read_text(), "stat")
     ended = [time.sleep(0.01) or not job.exists() or ") Z" in job.read_text() for _ in range(50)]
     assert any(ended)
+
+
+def test_a_launcher_that_was_killed_is_named_and_replaced(
+    target: Target, nets: Nets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(launcher, "_known", known := [])
+    ran(target, nets["flatten_cnn"][2], tmp_path)
+    serves = "from whet.targets import worker; import os, signal\n"
+    serves += "os.fork = lambda: os.kill(os.getpid(), signal.SIGKILL)\nworker.serve()"
+    monkeypatch.setattr(launcher, "_known", dead := [])
+    with monkeypatch.context() as patch:
+        patch.setattr(launcher, "PYTHON", [sys.executable, "-c", serves])
+        with pytest.raises(TargetFailed, match=r"killed its process \(SIGKILL\)"):
+            target.job("time")
+    assert ran(target, nets["flatten_cnn"][2], tmp_path).outputs
+    assert len(dead) == 2
+    for each in known + dead:
+        each.end()
 
 
 def test_jobs_share_a_launcher_and_a_fork_has_its_own(

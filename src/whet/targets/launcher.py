@@ -1,4 +1,4 @@
-"""Starts the jobs of runtimes: a process that has imported what every job needs forks one for each.
+"""Starts the jobs of runtimes: a worker that has imported what every job needs forks for each.
 
 Starting Python and importing numpy takes longer than many a job. The process has one thread and
 loads no runtime itself, so that each job starts clean, and one that dies takes nobody along.
@@ -12,10 +12,8 @@ import os
 import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from threading import Lock
-from typing import NoReturn
 
 # -P: files of the user's that lie in the current folder are not Python's modules
 PYTHON = [sys.executable, "-P", "-m"]
@@ -42,7 +40,7 @@ class Launcher:
         self.owner = os.getpid()
         # in a session of its own: a Ctrl-C is for the caller, who ends it with its job
         self.process = subprocess.Popen(
-            [*PYTHON, "whet.targets.launcher"],
+            [*PYTHON, "whet.targets.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -59,11 +57,16 @@ class Launcher:
             order = [str(job), str(words), os.getcwd(), dict(os.environ)]
             self.process.stdin.write(json.dumps(order) + "\n")
             self.process.stdin.flush()
-            status = int(self.process.stdout.readline())
+            answer = self.process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
         except BaseException:
             self.end()
             raise
-        return status, words.read_text(errors="replace")
+        if not answer:  # it was killed itself, and its job with it
+            self.end()
+            return self.process.returncode, ""
+        return int(answer), words.read_text(errors="replace")
 
     def end(self) -> None:
         """Kill it and the job that it runs."""
@@ -93,43 +96,3 @@ def _end() -> None:
     for each in _known:
         if each.owner == os.getpid():
             each.end()
-
-
-def serve() -> None:
-    """Fork a job for each line of the input, and print the exit status of each."""
-    from whet.targets import worker  # noqa: F401  before the first fork
-
-    for line in sys.stdin:
-        order = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            _job(*order)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-
-
-def _job(job: str, words: str, folder: str, environment: dict[str, str]) -> NoReturn:
-    """The forked process."""
-    status = 1
-    try:
-        null = os.open(os.devnull, os.O_RDWR)
-        said = os.open(words, os.O_WRONLY | os.O_CREAT)
-        for own, other in ((0, null), (1, null), (2, said)):
-            os.dup2(other, own)
-        os.environ.clear()
-        os.environ.update(environment)
-        os.chdir(folder)
-        from whet.targets import worker
-
-        worker.main(job)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
-
-
-if __name__ == "__main__":
-    serve()

@@ -1,14 +1,19 @@
-"""The subprocess of a target: reads job.json, runs it, writes result.json. Never imports torch."""
+"""The subprocess of a target: reads job.json, runs it, writes result.json. Never imports torch.
+
+Called without a job it waits for some, and forks for each.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -110,5 +115,40 @@ def main(path: str) -> None:
     (folder / "result.json").write_text(json.dumps(result))
 
 
+def serve() -> None:
+    """Fork a job for each line of the input, and print the exit status of each."""
+    for line in sys.stdin:
+        order = json.loads(line)
+        child = os.fork()
+        if child == 0:
+            _job(*order)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def _job(job: str, words: str, folder: str, environment: dict[str, str]) -> NoReturn:
+    """The forked process: what it says goes to the file `words`; it ends here, whatever happens."""
+    status = 1
+    try:
+        null = os.open(os.devnull, os.O_RDWR)
+        said = os.open(words, os.O_WRONLY | os.O_CREAT)
+        for own, other in ((0, null), (1, null), (2, said)):
+            os.dup2(other, own)
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        main(job)
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()  # the caller reads the last line
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if sys.argv[1:]:
+        main(sys.argv[1])
+    else:
+        serve()
