@@ -14,6 +14,7 @@ from whet.packed.forms import (
 )
 from whet.packed.installed import (
     bake,
+    exchange,
     form_of,
     forms,
     install,
@@ -34,6 +35,7 @@ __all__ = [
     "Packed",
     "Sparse",
     "bake",
+    "exchange",
     "form_of",
     "forms",
     "from_state",

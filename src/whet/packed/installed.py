@@ -68,6 +68,17 @@ def _part(module: nn.Module) -> None:
     module.__class__ = type(kind.__name__, kind.__bases__, said)  # type: ignore
 
 
+def exchange(module: nn.Module, name: str, old: Packed, new: Packed) -> None:
+    """Put `new` where `old` stands among the forms of `module.name`; what is above it stays."""
+    above = form_of(module, name)
+    if above is old:
+        install(module, name, new)
+        return
+    for part in above.modules() if above is not None else ():
+        if getattr(part, "inner", None) is old:
+            part.inner = new  # type: ignore[assignment]
+
+
 def rewrite(module: nn.Module, name: str, pack: Callable[[Tensor], Packed]) -> None:
     """Replace the dense leaf of `module.name` by `pack(its value)`; the tree above it stays.
 

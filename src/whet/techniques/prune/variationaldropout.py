@@ -202,10 +202,4 @@ def settle(layer: nn.Module, noise: Noisy) -> None:
     form: packed.Packed = packed.Dense(theta)
     if bool((noise.alive & ~kept).any()):
         form = packed.Sparse(form, kept)
-    above = packed.form_of(layer)
-    if above is noise:
-        packed.install(layer, "weight", form)
-        return
-    for part in above.modules() if above is not None else ():
-        if getattr(part, "inner", None) is noise:
-            part.inner = form  # type: ignore[assignment]
+    packed.exchange(layer, "weight", noise, form)

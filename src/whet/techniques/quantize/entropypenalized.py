@@ -196,11 +196,7 @@ def settle(module: nn.Module, name: str, form: Reparametrized) -> None:
     leaf = packed.Dense(q * s)
     grid = packed.Affine(leaf, s, torch.zeros_like(s), bits_wide=bits, symmetric=True, axis=None)
     above = packed.form_of(module, name)
-    if above is form:
-        packed.install(module, name, grid)
-        return
     for part in above.modules() if above is not None else ():
         if isinstance(part, packed.Sparse):
             part.mask &= q != 0
-        if getattr(part, "inner", None) is form:
-            part.inner = grid  # type: ignore[assignment]
+    packed.exchange(module, name, form, grid)
