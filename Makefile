@@ -13,11 +13,11 @@ $(BIN)/python:
 	touch $@
 
 .venv/.test: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test,openvino]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,openvino,ray]'
 	touch $@ .venv/.demo
 
 .venv/.check: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet --editable '.[demo,test,openvino,check,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[demo,test,openvino,ray,check,docs]'
 	touch $@ .venv/.test .venv/.demo
 
 demo: .venv/.demo

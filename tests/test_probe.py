@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from whet import catalog, probe
+from whet.engine import Processes
 from whet.errors import BadInput
 from whet.graph import surgery
 from whet.report.heatmap import heatmap, probe_tables
@@ -56,7 +57,8 @@ def test_each_option_is_that_technique_at_that_place_alone(found, filters):
 
 def test_what_was_measured_is_not_measured_again(found, filters, monkeypatch):
     first, cache = found
-    monkeypatch.setattr(probe, "_try", lambda *_: pytest.fail("measured again"))
+    again = lambda *_: pytest.fail("measured again")  # noqa: E731
+    monkeypatch.setattr(probe.Attempt, "__call__", again)
     task = tiny_task("plain_cnn")
     assert probe.probe(task, filters, values=VALUES, examples=32, cache=cache) == first
     with torch.no_grad():
@@ -71,10 +73,23 @@ def test_a_line_cut_short_is_measured_anew(found, filters, tmp_path):
     cut = tmp_path / "rows.jsonl"
     cut.write_text("\n".join([*lines[:-1], lines[-1][:40]]))
     again = probe.probe(tiny_task("plain_cnn"), filters, values=VALUES, examples=32, cache=cut)
-    drop_times = lambda rows: [{k: v for k, v in r.items() if k != "seconds"} for r in rows]  # noqa: E731
-    assert drop_times(again["rows"]) == drop_times(first["rows"])
+    assert timeless(again["rows"]) == timeless(first["rows"])
+
     whole = [json.loads(line) for line in cut.read_text().splitlines() if line.endswith("}]")]
     assert len(whole) == len(first["rows"])
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+def test_two_workers_find_what_one_finds(found, filters, monkeypatch):
+    monkeypatch.setattr(probe, "engine_of", lambda name, workers: Processes(workers, after=0.0))
+    task, done = tiny_task("plain_cnn"), []
+    tell = lambda k, of: done.append((k, of))  # noqa: E731
+    again = probe.probe(task, filters, values=VALUES, examples=32, workers=2, tell=tell)
+    assert timeless(again["rows"]) == timeless(found[0]["rows"])
+    assert done == [(k, 6) for k in range(1, 7)]
 
 
 def test_predictions_are_those_of_the_weights_that_changed():

@@ -56,11 +56,20 @@ class Rows:
 
     def get(self, name: str, make: Callable[[], Any]) -> Any:
         """The row called `name`: as it was measured before, else as `make` measures it now."""
-        key = hashlib.sha256(name.encode()).hexdigest()
-        if key not in self.known:
-            self.known[key] = row = make()
-            self._append(key, row)
-        return self.known[key]
+        if name not in self:
+            self.add(name, make())
+        return self[name]
+
+    def __contains__(self, name: str) -> bool:
+        return _key(name) in self.known
+
+    def __getitem__(self, name: str) -> Any:
+        return self.known[_key(name)]
+
+    def add(self, name: str, row: Any) -> None:
+        """Keep a row that was measured elsewhere."""
+        self.known[_key(name)] = row
+        self._append(_key(name), row)
 
     def _append(self, key: str, row: Any) -> None:
         if self.path is None:
@@ -72,6 +81,10 @@ class Rows:
             file.write(("" if whole else "\n") + json.dumps([key, row]) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def _key(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def write(folder: Path, model: nn.Module, reading: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import cloudpickle
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -62,6 +63,13 @@ Target = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=1, max=1024, help="Threads of the runtime when timing.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="That try options; default: one for each processor."),
+]
+EngineOption = Annotated[
+    str, typer.Option(help="Where they work: local, or ray for the cluster of RAY_ADDRESS.")
+]
 
 
 def load_task(name: str) -> Task:
@@ -126,6 +134,7 @@ def _module(place: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
+    cloudpickle.register_pickle_by_value(module)  # other processes could not import it
     sys.path.insert(0, str(path.absolute().parent))
     spec.loader.exec_module(module)
     return module
@@ -273,6 +282,8 @@ def compress(
         list[str] | None,
         typer.Option(help="Search: what may be done at the end: float, int8, '4-bit weights'."),
     ] = None,
+    workers: Workers = None,
+    engine: EngineOption = "local",
     pick: Annotated[
         int | None,
         typer.Option(help="Take this trial of the search that wrote the folder."),
@@ -321,6 +332,7 @@ def compress(
     loaded = load_task(task)
     if steps is None and (sought or (limits and loaded.validation is not None)):
         options |= sought | {"trials": trials, "finals": finals, "epochs": epochs}
+        options |= {"workers": workers, "engine": engine}
         options |= {"workspace": _workspace(output), "resume": resume}
         _deliver(
             lambda tell: searching.search(loaded, tell=tell, **options), output, force, as_json
@@ -480,6 +492,8 @@ def probe(
     ] = None,
     threads: Threads = 1,
     seed: Seed = 0,
+    workers: Workers = None,
+    engine: EngineOption = "local",
     output: Annotated[
         Path, typer.Option("-o", "--output", help="For the picture and the rows.")
     ] = (Path("probe")),
@@ -515,6 +529,8 @@ def probe(
             target=None if target is None else catalog.target(target),
             threads=threads,
             seed=seed,
+            workers=workers,
+            engine=engine,
             tell=lambda done, of: bars("probe", done, of),
         )
     (output / "probe.json").write_text(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class WhetError(Exception):
@@ -18,6 +19,9 @@ class WhetError(Exception):
     def __init__(self, asked: str, found: str, todo: str) -> None:
         self.asked, self.found, self.todo = asked, found, todo
         super().__init__(f"{asked}: {found}. {todo}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.asked, self.found, self.todo)  # between processes
 
 
 class BadInput(WhetError):
@@ -42,6 +46,10 @@ class Damaged(WhetError):
 
 class TargetFailed(WhetError):
     """A runtime is missing, refused the model, or died while running it."""
+
+
+class WorkersDied(WhetError):
+    """Processes that measure for this one died, each in turn."""
 
 
 class Disagrees(WhetError):

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from whet.checkpoint import Rows, fingerprint
+from whet.engine import Here
+from whet.engine import engine as engine_of
 from whet.errors import BadInput, Refused
 from whet.graph import surgery
 from whet.graph.ledger import ledger
@@ -98,6 +100,8 @@ def probe(
     target: Target | None = None,
     threads: int = 1,
     seed: int = 0,
+    workers: int | None = None,
+    engine: str = "local",
     tell: Callable[[int, int], None] = lambda done, of: None,
 ) -> dict[str, Any]:
     """Try every option alone.
@@ -111,6 +115,8 @@ def probe(
         target: a runtime to measure the latency of each option in; None measures none.
         threads: of that runtime.
         seed: of everything random.
+        workers: that try options, as in a search; latency is measured in this process alone.
+        engine: "local" or "ray".
         tell: progress, as tell(done, of).
 
     Returns:
@@ -127,19 +133,19 @@ def probe(
     before["metric"] = evaluate(model, list(limited(task.validation, examples)), measure)
     known = Rows(cache)
     digest = _digest(task, examples, seed, target, threads)
-    curvature: dict[str, tuple[Tensor, Tensor]] | None = None
-    rows, tries = [], options(task, techniques, values)
-    for done, option in enumerate(tries):
-        name = f"{option.technique.name} {option.technique.model_dump_json()} {digest}"
-
-        def measured(option: Option = option) -> Row:
-            nonlocal curvature
-            if curvature is None and task.train is not None:
-                curvature = _curvature(model, task, examples)
-            return _try(option, task, before, curvature, examples, target, threads)
-
-        rows.append(known.get(name, measured))
-        tell(done + 1, len(tries))
+    tries = options(task, techniques, values)
+    names = [f"{o.technique.name} {o.technique.model_dump_json()} {digest}" for o in tries]
+    new = [k for k, name in enumerate(names) if name not in known]
+    if new:
+        curvature = None if task.train is None else _curvature(model, task, examples)
+        attempt = Attempt(task, before, curvature, examples, target, threads, seed)
+        # two that are timed at a time would be in each other's way
+        with engine_of(engine, workers) if target is None else Here() as spread:
+            found = spread.each(attempt, [tries[k] for k in new])
+            for done, (place, row) in enumerate(found, start=len(tries) - len(new) + 1):
+                known.add(names[new[place]], row)
+                tell(done, len(tries))
+    rows = [known[name] for name in names]
     return {
         "task": task.name,
         "metric": {"name": measure.name, "better": measure.better, "unit": measure.unit},
@@ -157,43 +163,59 @@ def _costs(model: nn.Module, task: Task) -> dict[str, Any]:
     return cost.totals(model, task.example) | {"bytes": stored}
 
 
-def _try(
-    option: Option,
-    task: Task,
-    before: Mapping[str, Any],
-    curvature: dict[str, tuple[Tensor, Tensor]] | None,
-    examples: int,
-    target: Target | None,
-    threads: int,
-) -> Row:
-    began = time.perf_counter()
-    work = Work(
-        copy.deepcopy(task.model), task.model, task, targets=[target] if target is not None else []
-    )
-    row: Row = {
-        "technique": option.technique.name,
-        "place": option.place,
-        "knob": option.knob,
-        "value": option.value,
-        "refused": None,
-        "metric": None,
-        "drop": None,
-        "latency": None,
-    } | dict.fromkeys(PREDICTIONS)
-    try:
-        option.technique.apply(work)
-    except Refused as error:
-        return row | {"refused": error.found, "seconds": round(time.perf_counter() - began, 3)}
-    small = work.model.eval()
-    metric = evaluate(small, list(limited(task.validation or [], examples)), task.measure)
-    drop = task.measure.drop(before["metric"], metric)
-    row |= _costs(small, task) | {"metric": metric, "drop": drop}
-    if curvature is not None:
-        row |= predictions(task.model, small, curvature)
-    if target is not None:
-        pair = task.model, small
-        row["latency"] = latency.between(target, pair, task.example, threads, rounds=20)
-    return row | {"seconds": round(time.perf_counter() - began, 3)}
+@dataclass(frozen=True)
+class Attempt:
+    """Tries one option on a copy of the network; what a worker is sent.
+
+    Args:
+        task: with validation data.
+        before: metric, MACs and bytes of the original.
+        curvature: (g, h) of every weight, where there is training data.
+        examples: validation examples.
+        target: a runtime to measure the latency in.
+        threads: of that runtime.
+        seed: of everything random.
+    """
+
+    task: Task
+    before: Mapping[str, Any]
+    curvature: dict[str, tuple[Tensor, Tensor]] | None
+    examples: int
+    target: Target | None
+    threads: int
+    seed: int
+
+    def __call__(self, option: Option) -> Row:
+        """What it costs and saves, or why it was refused."""
+        task, target = self.task, self.target
+        seed_all(self.seed, task)
+        began = time.perf_counter()
+        targets = [target] if target is not None else []
+        work = Work(copy.deepcopy(task.model), task.model, task, targets=targets)
+        row: Row = {
+            "technique": option.technique.name,
+            "place": option.place,
+            "knob": option.knob,
+            "value": option.value,
+            "refused": None,
+            "metric": None,
+            "drop": None,
+            "latency": None,
+        } | dict.fromkeys(PREDICTIONS)
+        try:
+            option.technique.apply(work)
+        except Refused as error:
+            return row | {"refused": error.found, "seconds": round(time.perf_counter() - began, 3)}
+        small = work.model.eval()
+        metric = evaluate(small, list(limited(task.validation or [], self.examples)), task.measure)
+        drop = task.measure.drop(self.before["metric"], metric)
+        row |= _costs(small, task) | {"metric": metric, "drop": drop}
+        if self.curvature is not None:
+            row |= predictions(task.model, small, self.curvature)
+        if target is not None:
+            pair = task.model, small
+            row["latency"] = latency.between(target, pair, task.example, self.threads, rounds=20)
+        return row | {"seconds": round(time.perf_counter() - began, 3)}
 
 
 def _curvature(model: nn.Module, task: Task, examples: int) -> dict[str, tuple[Tensor, Tensor]]:

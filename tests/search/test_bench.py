@@ -3,6 +3,7 @@
 import pytest
 
 from whet.checkpoint import Rows
+from whet.engine import Here
 from whet.measure.goals import Goals
 from whet.probe import Option
 from whet.runner import Settings
@@ -31,7 +32,7 @@ def at(tmp_path, monkeypatch):
     clock = Clock()
     monkeypatch.setattr(bench, "time", clock)
     wish = Wish(Goals(drop="1pp"), "latency", 4, 2, 1.0, 100.0, None, ["float"])
-    found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), Rows())
+    found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), Rows(), Here())
     batches = len(found.task.train)
     found.rows.get(f"step {found.network}", lambda: [1.0 / batches, 1.0])  # an epoch takes a second
     return found, clock

@@ -5,8 +5,9 @@ import torch
 
 from whet import catalog, packed
 from whet.checkpoint import Rows
+from whet.engine import Here
 from whet.rungs.sensitivity import answers
-from whet.search.menu import About, Tries, changed, counts, draw, total, tried
+from whet.search.menu import Attempt, Tries, changed, counts, draw, total, tried
 from whet.techniques.factorize.cp import Cp
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude
@@ -56,27 +57,29 @@ def test_a_form_that_saves_bytes_is_counted_as_it_is_deployed():
 class Slow(Tries):
     """Every try takes so many seconds, by technique."""
 
-    def __init__(self, patience, seconds):
+    def __init__(self, patience, seconds, workers=1):
         task = tiny_task("plain_cnn")
         known = answers(task.model, list(task.validation), 16)
-        super().__init__(task, known, Rows(), "", About([], 0, patience))
+        attempt = Attempt(task, known, counts(task.model, task.example), [], 0)
+        super().__init__(attempt, Rows(), Here(), patience, lambda *_: None)
+        self.engine.workers = workers
         self.seconds, self.seen = seconds, []
 
-    def __call__(self, technique):
-        self.seen.append(technique)
-        return super().__call__(technique) | {"seconds": self.seconds[technique.name]}
+    def each(self, techniques):
+        self.seen += techniques
+        return [
+            said | {"seconds": [self.seconds[technique.name], 0.0]}
+            for technique, said in zip(techniques, super().each(techniques), strict=True)
+        ]
 
     def all(self, kind):
         """Seconds of all tries of a technique."""
         rungs = sum(map(len, kind.ladder.values()))
         return self.seconds[kind.__name__] * len(self.places(kind)) * rungs
 
-    def places(self, kind):
-        return kind().places(self.task.model, self.task.example)
-
 
 def drawn(tries):
-    return draw(tries, {"macs"}, lambda *_: None, list(tries.seconds))
+    return draw(tries, {"macs"}, list(tries.seconds))
 
 
 def test_a_technique_whose_tries_take_too_long_is_tried_once():
@@ -92,13 +95,14 @@ def test_tries_share_the_time_and_what_disturbs_least_comes_first():
     both = Slow(1e6, seconds)
     assert set(drawn(both).verdicts.values()) == {"taken"}
     kinds = {"L1Filters": L1Filters, "Cp": Cp}
-    before = total(both.base)
+    base = both.attempt.base
+    before = total(base)
 
     def worth(name):
         kind = kinds[name]
         [(knob, values)] = kind.ladder.items()
-        said = both(tried(kind, {knob: values[len(values) // 2]}))
-        saved = total({**both.base, **{p: tuple(c) for p, c in said["layers"].items()}})
+        [said] = both.each([tried(kind, {knob: values[len(values) // 2]})])
+        saved = total({**base, **{p: tuple(c) for p, c in said["layers"].items()}})
         return said["deviation"] / max(1 - a / b for a, b in zip(saved, before, strict=True)) ** 2
 
     first, second = sorted(kinds, key=worth)
@@ -106,3 +110,38 @@ def test_tries_share_the_time_and_what_disturbs_least_comes_first():
     assert menu.verdicts[first] == "taken"
     assert menu.verdicts[second].endswith("which others are worth more")
     assert {name for name, _ in menu.offers} == {first}
+
+
+def test_more_workers_have_time_for_more_tries():
+    one = Slow(1e6, {"L1Filters": 1.0})
+    enough = one.all(L1Filters)
+    assert drawn(Slow(0.6 * enough, {"L1Filters": 1.0})).verdicts["L1Filters"] != "taken"
+    assert drawn(Slow(0.6 * enough, {"L1Filters": 1.0}, workers=2)).verdicts["L1Filters"] == "taken"
+
+
+class Hard(Slow):
+    """A try at one place is refused at once, one at all places takes long."""
+
+    def each(self, techniques):
+        return [
+            said | {"seconds": [self.seconds[t.name] if not t.only else 0.0, 0.0]}
+            for t, said in zip(techniques, Tries.each(self, techniques), strict=True)
+        ]
+
+
+def test_a_first_try_that_is_refused_does_not_make_the_others_cheap():
+    assert "take about" in drawn(Hard(100.0, {"Cp": 50.0})).verdicts["Cp"]
+    assert drawn(Hard(201.0, {"Cp": 50.0})).verdicts["Cp"] == "taken"
+
+
+def test_the_slow_one_of_two_alike_does_not_keep_the_other_from_being_tried():
+    seconds = {"L1Filters": 1.0, "L2Filters": 1.0}
+    verdicts = drawn(Slow(1e6, seconds)).verdicts
+    [better] = [name for name, verdict in verdicts.items() if verdict == "taken"]
+    [other] = set(seconds) - {better}
+    one = Slow(1e6, seconds)
+    kinds = catalog.techniques()
+    room = one.all(kinds[other])
+    again = drawn(Slow(room, seconds | {better: 1.0 + 1 / room})).verdicts
+    assert again[other] == "taken"
+    assert again[better].startswith("its tries would take")

@@ -2,11 +2,15 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 import whet
+from whet.engine import Processes
 from whet.errors import BadInput
 from whet.report import finding
 from whet.report.page import page
@@ -86,6 +90,27 @@ def test_a_search_that_was_killed_ends_with_the_same_recipe(found, tmp_path):
     trials = [result.readings["search"]["trials"] for result in both]
     assert [t["recipe"] for t in trials[0]] == [t["recipe"] for t in trials[1]]
     assert both[0].files["model.whet"] == both[1].files["model.whet"]
+
+
+class Murdered(Processes):
+    """Two workers, one of which is killed when the first job is done."""
+
+    def each(self, work, jobs):
+        for found in super().each(work, jobs):
+            yield found
+            if not self.killed:
+                self.killed.append(min(self.pool._processes))
+                os.kill(self.killed[0], signal.SIGKILL)
+
+    killed: ClassVar = []
+
+
+def test_two_workers_of_which_one_dies_find_the_same_plan(found, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "engine_of", lambda *_: Murdered(2, after=0.0))
+    again = searched(tmp_path / "work")[0]
+    assert Murdered.killed
+    assert again.recipe.yaml() == found[0].recipe.yaml()
+    assert again.files["model.whet"] == found[0].files["model.whet"]
 
 
 def test_every_technique_that_was_looked_at_has_its_verdict(found):

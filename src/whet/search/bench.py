@@ -19,6 +19,7 @@ from typing import Any
 
 from whet import catalog, runner
 from whet.checkpoint import Rows, fingerprint
+from whet.engine import Engine
 from whet.errors import Disagrees, Refused, TargetFailed
 from whet.measure import latency
 from whet.recipe import Recipe
@@ -26,7 +27,7 @@ from whet.rungs.sensitivity import answers
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
-from whet.search.menu import About, Menu, Tries, counts, draw
+from whet.search.menu import Attempt, Menu, Tries, counts, draw
 from whet.search.plan import Plan
 from whet.search.wish import Wish, finishing
 from whet.targets.onnxfile import Deployable, as_arrays
@@ -34,7 +35,7 @@ from whet.targets.target import Target
 from whet.task import Task, evaluate, limited
 from whet.technique import Technique, Work
 
-EXAMPLES = 128  # of each try
+EXAMPLES = 64  # of each try
 PROFILES = 6  # random plans that are timed
 TIMES = 3.0  # a long recovery over a short one
 LEAST = 0.3  # of the time is for recoveries, however long the tries took
@@ -66,12 +67,15 @@ class Bench:
         wish: what is asked for.
         settings: the workspace among them.
         rows: what was measured before.
+        engine: where tries are made.
     """
 
-    def __init__(self, task: Task, wish: Wish, settings: Settings, rows: Rows) -> None:
+    def __init__(
+        self, task: Task, wish: Wish, settings: Settings, rows: Rows, engine: Engine
+    ) -> None:
         assert settings.workspace is not None
         self.task, self.wish, self.settings = dataclasses.replace(task, test=None), wish, settings
-        self.rows, self.home = rows, settings.workspace
+        self.rows, self.engine, self.home = rows, engine, settings.workspace
         self.network = fingerprint(task.model)
         self.began, self.proofs = time.monotonic(), [0.0]
 
@@ -80,11 +84,10 @@ class Bench:
         batches = self.task.statistics() or self.task.validation or []
         known = answers(self.task.model, list(limited(batches, EXAMPLES)), EXAMPLES)
         patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
-        about = About(targets, self.settings.seed, patience)
-        name = f"{self.network} {self.settings.seed}"
-        tries = Tries(self.task, known, self.rows, name, about)
-        only = None if self.wish.techniques is None else list(self.wish.techniques)
-        return draw(tries, wanted, self.settings.tell, only)
+        base = counts(self.task.model, self.task.example)
+        attempt = Attempt(self.task, known, base, targets, self.settings.seed)
+        tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell)
+        return draw(tries, wanted, self.wish.techniques)
 
     def profiles(self, menu: Menu, way: Way) -> list[Profile]:
         """The untouched network and some random plans, in the runtime, each layer timed."""

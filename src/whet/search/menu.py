@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,12 +22,13 @@ import torch
 from torch import nn
 
 from whet import catalog, packed
-from whet.checkpoint import Rows
+from whet.checkpoint import Rows, fingerprint
+from whet.engine import Engine
 from whet.errors import Refused
 from whet.measure import cost
 from whet.probe import Option
 from whet.rungs.sensitivity import Answers, deviation
-from whet.runner import seed_all
+from whet.runner import Tell, seed_all
 from whet.targets.target import Target
 from whet.task import Task
 from whet.technique import Technique, Work
@@ -36,7 +37,7 @@ Counts = tuple[int, int]  # MACs, bytes as deployed
 NOTHING: Counts = (0, 0)
 ALIKE = 0.1  # savings within this share of each other are the same
 # what a try looks at and how long it trains, by the knobs that say it
-FEW = {"calibrate": 128, "examples": 128, "steps": 0}
+FEW = {"calibrate": 64, "examples": 64, "steps": 0}
 
 
 @dataclass(frozen=True)
@@ -87,60 +88,81 @@ def changed(base: Mapping[str, Counts], now: Mapping[str, Counts]) -> dict[str, 
 
 
 @dataclass(frozen=True)
-class About:
-    """How to try.
-
-    Args:
-        targets: the runtimes in question.
-        seed: of everything random.
-        patience: seconds that the tries of all techniques may take.
-    """
-
-    targets: list[Target]
-    seed: int
-    patience: float
-
-
-class Tries:
-    """Tries of techniques on copies of one network, each kept by content.
+class Attempt:
+    """Tries one technique on a copy of the network; what a worker is sent.
 
     Args:
         task: the network and its data.
-        known: what it says to the inputs of the tries.
-        rows: measured before.
-        name: of network, inputs and seed: what rows hold for.
-        about: how to try.
+        known: what the network says to the inputs of the tries.
+        base: counts of its layers.
+        targets: the runtimes in question.
+        seed: of everything random.
     """
 
-    def __init__(self, task: Task, known: Answers, rows: Rows, name: str, about: About) -> None:
-        self.task, self.known, self.rows, self.name = task, known, rows, name
-        self.targets, self.seed, self.patience = about.targets, about.seed, about.patience
-        self.base = counts(task.model, task.example)
+    task: Task
+    known: Answers
+    base: Mapping[str, Counts]
+    targets: Sequence[Target]
+    seed: int
 
     def __call__(self, technique: Technique) -> dict[str, Any]:
-        """Deviation and changed layers, or why it was refused."""
-        name = f"try {technique.name} {technique.model_dump_json()} {self.name}"
-        return self.rows.get(name, lambda: self._measure(technique))
-
-    def _measure(self, technique: Technique) -> dict[str, Any]:
+        """Deviation and changed layers, and why it was refused if so; seconds to apply and look."""
         began = time.perf_counter()
         seed_all(self.seed, self.task)
         work = Work(
             copy.deepcopy(self.task.model), self.task.model, self.task, targets=self.targets
         )
+        refused = None
         try:
             technique.apply(work)
         except Refused as error:
-            return {"refused": error.found}
-        small = work.model.eval()
+            refused = error.found
+        applied, small = time.perf_counter(), work.model.eval()
         with torch.no_grad():
             now = counts(small, self.task.example)
         return {
-            "refused": None,
+            "refused": refused,
             "deviation": deviation(small, self.known),
             "layers": changed(self.base, now),
-            "seconds": round(time.perf_counter() - began, 3),
+            "seconds": [round(applied - began, 3), round(time.perf_counter() - applied, 3)],
         }
+
+
+class Tries:
+    """Tries of techniques, each kept by content.
+
+    Args:
+        attempt: at one technique.
+        rows: measured before.
+        engine: where tries are made.
+        patience: seconds that all of them may take.
+        tell: progress, as tell(what, done, of).
+    """
+
+    def __init__(
+        self, attempt: Attempt, rows: Rows, engine: Engine, patience: float, tell: Tell
+    ) -> None:
+        self.attempt, self.rows, self.engine = attempt, rows, engine
+        self.patience, self.tell = patience, tell
+        self._places: dict[type[Technique], list[str]] = {}
+        self.name = f"{fingerprint(attempt.task.model)} {attempt.seed}"
+
+    def places(self, kind: type[Technique]) -> list[str]:
+        """Where a technique can act alone."""
+        if kind not in self._places:
+            task = self.attempt.task
+            self._places[kind] = kind().places(task.model, task.example)
+        return self._places[kind]
+
+    def each(self, techniques: Sequence[Technique]) -> list[dict[str, Any]]:
+        """Deviation and changed layers of every technique, or why it was refused."""
+        names = [f"try {t.name} {t.model_dump_json()} {self.name}" for t in techniques]
+        new = [k for k, name in enumerate(names) if name not in self.rows]
+        jobs = [techniques[k] for k in new]
+        for done, (place, row) in enumerate(self.engine.each(self.attempt, jobs), start=1):
+            self.rows.add(names[new[place]], row)
+            self.tell(f"try {jobs[place].name}", done, len(jobs))
+        return [self.rows[name] for name in names]
 
 
 def tried(kind: type[Technique], knobs: Mapping[str, Any]) -> Technique:
@@ -149,54 +171,27 @@ def tried(kind: type[Technique], knobs: Mapping[str, Any]) -> Technique:
     return kind(**{**few, **knobs})
 
 
-def draw(
-    tries: Tries, wanted: set[str], tell: Callable[[str, int, int], None], only: list[str] | None
-) -> Menu:
+def draw(tries: Tries, wanted: set[str], only: Sequence[str] | None) -> Menu:
     """Screen the catalogue, then try what stays at every place.
 
     Args:
         tries: of this network.
         wanted: costs that are to fall: "macs" (for the sake of latency too), "bytes".
-        tell: progress, as tell(what, done, of).
         only: names of the techniques to look at; None for all.
     """
-    menu = Menu(tries.base)
-    strong = _screened(tries, menu, wanted, tell, only)
-    places = {
-        name: kind().places(tries.task.model, tries.task.example) for name, kind in strong.items()
-    }
-    of = sum(len(places[n]) * len(_rungs(k)) for n, k in strong.items())
-    done = 0
-    for name, kind in strong.items():
-        for place in places[name]:
-            for knob, value in _rungs(kind):
-                technique = tried(kind, {"only": (place,), knob: value})
-                said = tries(technique)
-                done += 1
-                tell(f"try {name}", done, of)
-                if said["refused"] is None and said["layers"]:
-                    layers = {path: tuple(each) for path, each in said["layers"].items()}
-                    offer = Offer(Option(technique, place, knob, value), said["deviation"], layers)
-                    menu.offers.setdefault((name, place), []).append(offer)
+    menu = Menu(tries.attempt.base)
+    options = [
+        Option(tried(kind, {"only": (place,), knob: value}), place, knob, value)
+        for kind in _screened(tries, menu, wanted, only)
+        for place in tries.places(kind)
+        for knob, value in _rungs(kind)
+    ]
+    for option, said in zip(options, tries.each([o.technique for o in options]), strict=True):
+        if said["refused"] is None and said["layers"]:
+            layers = {path: tuple(each) for path, each in said["layers"].items()}
+            offer = Offer(option, said["deviation"], layers)
+            menu.offers.setdefault((option.technique.name, option.place), []).append(offer)
     return menu
-
-
-def _too_long(kind: type[Technique], tries: Tries) -> str | None:
-    """Why it cannot be tried everywhere in time."""
-    seconds = _seconds(kind, tries)
-    return _slow(seconds) if seconds > tries.patience else None
-
-
-def _slow(seconds: float) -> str:
-    return f"its tries would take about {max(seconds / 60, 1):.0f} minutes"
-
-
-def _seconds(kind: type[Technique], tries: Tries) -> float:
-    """What its tries take, from one at one place."""
-    places, rungs = kind().places(tries.task.model, tries.task.example), _rungs(kind)
-    knob, value = rungs[0]
-    said = tries(tried(kind, {"only": (places[0],), knob: value}))
-    return said.get("seconds", 0.0) * len(places) * len(rungs)
 
 
 def _rungs(kind: type[Technique]) -> list[tuple[str, Any]]:
@@ -204,49 +199,73 @@ def _rungs(kind: type[Technique]) -> list[tuple[str, Any]]:
 
 
 def _screened(
-    tries: Tries,
-    menu: Menu,
-    wanted: set[str],
-    tell: Callable[[str, int, int], None],
-    only: list[str] | None,
-) -> dict[str, type[Technique]]:
+    tries: Tries, menu: Menu, wanted: set[str], only: Sequence[str] | None
+) -> list[type[Technique]]:
     """The techniques that are worth trying place by place; why not the others, in the menu."""
-    before = total(tries.base)
-    stays: dict[str, tuple[type[Technique], dict[str, Any], Counts]] = {}
-    names = [n for n in catalog.techniques() if only is None or n in only]
-    for done, name in enumerate(names):
-        tell(f"screen {name}", done, len(names))
-        kind = catalog.techniques()[name]
-        reason = _unfit(kind, tries, wanted) or _too_long(kind, tries)
-        if reason is None:
-            said = tries(_half(kind, tries))
-            reason = said["refused"]
-            if reason is None:
-                now = total({**tries.base, **said["layers"]})
-                saves = {"macs": now[0] < before[0], "bytes": now[1] < before[1]}
-                if any(saves[cost] for cost in wanted):
-                    stays[name] = kind, said, now
-                else:
-                    reason = f"it saves no {' and no '.join(sorted(wanted))} here"
+    kinds = {n: kind for n, kind in catalog.techniques().items() if only is None or n in only}
+    for name, kind in kinds.items():
+        reason = _unfit(kind, tries, wanted)
         if reason is not None:
             menu.verdicts[name] = reason
-    for name, (_, said, _) in sorted(stays.items(), key=lambda each: each[1][1]["deviation"]):
-        rival = next((n for n in menu.verdicts if _rivals(stays, n, name, menu, before)), None)
-        if rival is None:
-            menu.verdicts[name] = "taken"
+
+    def remaining() -> dict[str, type[Technique]]:
+        return {name: kind for name, kind in kinds.items() if name not in menu.verdicts}
+
+    firsts = dict(
+        zip(remaining(), tries.each([_first(k, tries) for k in remaining().values()]), strict=True)
+    )
+    for name, kind in remaining().items():
+        seconds = _seconds(kind, tries, firsts[name], firsts[name])
+        if seconds > tries.patience:
+            menu.verdicts[name] = _slow(seconds)
+    halves = dict(
+        zip(remaining(), tries.each([_half(kind) for kind in remaining().values()]), strict=True)
+    )
+    before = total(tries.attempt.base)
+    stays: dict[str, tuple[type[Technique], dict[str, Any], Counts]] = {}
+    for name, kind in remaining().items():
+        said = halves[name]
+        now = total({**tries.attempt.base, **said["layers"]})
+        saves = {"macs": now[0] < before[0], "bytes": now[1] < before[1]}
+        if said["refused"] is not None:
+            menu.verdicts[name] = said["refused"]
+        elif any(saves[cost] for cost in wanted):
+            stays[name] = kind, said, now
         else:
-            share = stays[rival][1]["deviation"] / max(said["deviation"], 1e-12)
-            menu.verdicts[name] = f"{rival} saves as much at {share:.2g} of its error"
+            menu.verdicts[name] = f"it saves no {' and no '.join(sorted(wanted))} here"
     room = tries.patience
     for name in sorted(stays, key=lambda name: _worth(*stays[name][1:], before)):
-        kind = stays[name][0]
-        if menu.verdicts[name] == "taken":
-            seconds = _seconds(kind, tries)
+        kind, said, _ = stays[name]
+        seconds = _seconds(kind, tries, firsts[name], said)
+        rival = next((n for n in menu.verdicts if _rivals(stays, n, name, menu, before)), None)
+        if rival is not None:
+            share = stays[rival][1]["deviation"] / max(said["deviation"], 1e-12)
+            menu.verdicts[name] = f"{rival} saves as much at {share:.2g} of its error"
+        elif seconds > room:
+            menu.verdicts[name] = f"{_slow(seconds)}, which others are worth more"
+        else:
+            menu.verdicts[name] = "taken"
             room -= seconds
-            if room < 0:
-                room += seconds
-                menu.verdicts[name] = f"{_slow(seconds)}, which others are worth more"
-    return {n: kind for n, (kind, _, _) in stays.items() if menu.verdicts[n] == "taken"}
+    return [kind for name, (kind, _, _) in stays.items() if menu.verdicts[name] == "taken"]
+
+
+def _first(kind: type[Technique], tries: Tries) -> Technique:
+    """Its mildest rung at its first place."""
+    (knob, value), *_ = _rungs(kind)
+    return tried(kind, {"only": (tries.places(kind)[0],), knob: value})
+
+
+def _seconds(
+    kind: type[Technique], tries: Tries, first: Mapping[str, Any], half: Mapping[str, Any]
+) -> float:
+    """What all its tries take, from one at one place and one at all; the first may be too easy."""
+    places, (apply, look) = len(tries.places(kind)), first["seconds"]
+    everywhere = max(apply * places, half["seconds"][0]) + look * places
+    return everywhere * len(_rungs(kind)) / tries.engine.workers
+
+
+def _slow(seconds: float) -> str:
+    return f"its tries would take about {max(seconds / 60, 1):.0f} minutes"
 
 
 def _worth(said: Mapping[str, Any], now: Counts, before: Counts) -> float:
@@ -271,7 +290,7 @@ def _rivals(
     return all(abs(x - y) <= ALIKE * max(z, 1) for x, y, z in zip(a[2], b[2], before, strict=True))
 
 
-def _half(kind: type[Technique], tries: Tries) -> Technique:
+def _half(kind: type[Technique]) -> Technique:
     """The technique at the middle of its ladder, everywhere; of blocks, half of them."""
     knob, values = next(iter(kind.ladder.items()))
     middle: Any = values[len(values) // 2]  # type: ignore[misc]
@@ -282,21 +301,21 @@ def _half(kind: type[Technique], tries: Tries) -> Technique:
 
 def _unfit(kind: type[Technique], tries: Tries, wanted: set[str]) -> str | None:
     """Why a technique is no choice place by place, before it is tried at all."""
-    model, example = tries.task.model, tries.task.example
+    task, targets = tries.attempt.task, tries.attempt.targets
     if not kind.ladder or "only" not in kind.model_fields:
         return "it acts on the whole network; a recipe can name it"
     if "epochs" in kind.model_fields and kind.model_fields["epochs"].default > 0:
         return "it trains, which a try cannot afford"
     if kind.wants:
         return f"it works on {' and '.join(sorted(f.__name__ for f in kind.wants))} forms"
-    lacks = sorted(need.value for need in kind.needs if not need.met(tries.task))
+    lacks = sorted(need.value for need in kind.needs if not need.met(task))
     if lacks:
         return f"the task has no {lacks[0]}"
     if packed.Sparse in kind.makes:
-        facts = [f"{t.name}: {t.facts['zeros']}" for t in tries.targets if "zeros" in t.facts]
+        facts = [f"{t.name}: {t.facts['zeros']}" for t in targets if "zeros" in t.facts]
         return f"zeros save neither time nor bytes in the deployed file ({'; '.join(facts)})"
     if "bytes" not in wanted and any(issubclass(form, packed.Packed) for form in kind.makes):
         return "it saves bytes, and no limit asks for these"
-    if not kind().places(model, example):
+    if not tries.places(kind):
         return "it finds no place in this network"
     return None

@@ -22,6 +22,7 @@ import statistics
 import tempfile
 import time as clock
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from torch import nn
 
 from whet import artifact, runner, solve
 from whet.checkpoint import Rows, fingerprint
+from whet.engine import Engine
+from whet.engine import engine as engine_of
 from whet.errors import BadInput
 from whet.measure.goals import Goals
 from whet.probe import rank_correlation
@@ -76,6 +79,8 @@ def search(
     time: str | None = None,
     techniques: Sequence[str] | None = None,
     finishes: Sequence[str] = tuple(FINISHES),
+    workers: int | None = None,
+    engine: str = "local",
     **options: Any,
 ) -> Result:
     """Find the recipe that meets the goals, apply it and measure what came out.
@@ -90,6 +95,8 @@ def search(
         time: for the whole search, as "30m" or "2h".
         techniques: names to choose from; by default the whole catalogue.
         finishes: what may be done at the end: "float", "int8", "4-bit weights".
+        workers: that try options; by default one for each processor. The plan is the same.
+        engine: "local" for processes of this machine, "ray" for a Ray cluster.
         options: as `whet.apply` takes them, limits among them; `workspace` and `resume` too.
 
     Raises:
@@ -113,19 +120,20 @@ def search(
         finishes,
     )
     wish.check()
-    if settings.workspace is not None:
-        return Search(task, wish, settings).result()
-    with tempfile.TemporaryDirectory(prefix="whet-search-") as folder:
-        within = dataclasses.replace(settings, workspace=Path(folder) / "work")
-        return Search(task, wish, within).result()
+    with ExitStack() as stack:
+        if settings.workspace is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="whet-search-"))
+            settings = dataclasses.replace(settings, workspace=Path(folder) / "work")
+        spread = stack.enter_context(engine_of(engine, workers))
+        return Search(task, wish, settings, spread).result()
 
 
 class Search:
     """One search: its rows, its trials, its choice."""
 
-    def __init__(self, task: Task, wish: Wish, settings: Settings) -> None:
+    def __init__(self, task: Task, wish: Wish, settings: Settings, engine: Engine) -> None:
         assert settings.workspace is not None
-        self.task, self.wish, self.settings = task, wish, settings
+        self.task, self.wish, self.settings, self.engine = task, wish, settings, engine
         self.home = settings.workspace
         self.bounds = wish.goals.limits()
         self.notes: list[str] = []
@@ -139,7 +147,8 @@ class Search:
         self.task.check()
         targets = runner.targets_of(self.settings.target)
         self._claim()
-        self.bench = Bench(self.task, self.wish, self.settings, Rows(self.home / "rows.jsonl"))
+        rows = Rows(self.home / "rows.jsonl")
+        self.bench = Bench(self.task, self.wish, self.settings, rows, self.engine)
         self.way = self._way(targets)
         wanted = {COSTS[n] for n in (*self._limits(), self.wish.minimize) if n in COSTS}
         menu = self.bench.menu(wanted, targets)

@@ -1,0 +1,119 @@
+"""Jobs on processes of this machine and on a Ray cluster: the same answers, whoever dies."""
+
+import os
+import signal
+import threading
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from whet.engine import DEATHS, Here, Processes, Ray, engine, processors
+from whet.errors import BadInput, WorkersDied
+from whet.optional import installed
+
+RAY = pytest.param(
+    partial(Ray, 2),
+    marks=pytest.mark.skipif(not installed("ray"), reason="needs the extra: pip install whet[ray]"),
+)
+MANY = [pytest.param(partial(Processes, 2, after=0.0)), RAY]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """One for all tests: it takes seconds to start."""
+    with Ray(2) if installed("ray") else Here() as one:
+        yield one
+
+
+def square(k):
+    torch.manual_seed(k)
+    return k * k, float(torch.randn(50).sum()), torch.get_num_threads()
+
+
+@pytest.mark.parametrize("made", MANY)
+def test_many_workers_find_what_one_finds(made):
+    jobs = list(range(12))
+    with Here() as alone:
+        want = dict(alone.each(square, jobs))
+    with made() as many:
+        assert dict(many.each(square, jobs)) == want
+        assert dict(many.each(partial(pow, 2), jobs)) == {k: 2**k for k in jobs}
+        assert dict(many.each(square, [])) == {}
+    assert {threads for _, _, threads in want.values()} == {1}
+
+
+def fatal(folder, k):
+    """Two jobs kill their worker the first time."""
+    mark = Path(folder) / str(k)
+    if k in (1, 4) and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return k, os.getpid()
+
+
+@pytest.mark.parametrize("made", MANY)
+def test_a_worker_that_dies_is_replaced_and_its_job_done_again(made, tmp_path):
+    with made() as many:
+        found = dict(many.each(partial(fatal, str(tmp_path)), list(range(8))))
+    assert {k: value for k, (value, _) in found.items()} == {k: k for k in range(8)}
+    assert os.getpid() not in {pid for _, pid in found.values()}
+    assert (tmp_path / "1").exists()
+    assert (tmp_path / "4").exists()
+
+
+def murderous(k):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("made", MANY)
+def test_workers_that_die_again_and_again_are_given_up(made):
+    with made() as many, pytest.raises(WorkersDied, match=f"died {DEATHS} times"):
+        list(many.each(murderous, [1, 2]))
+
+
+def odd(k):
+    if k == 3:
+        raise BadInput("do three", "it is odd", "Do two.")
+    return k
+
+
+@pytest.mark.parametrize("made", [pytest.param(Here), *MANY])
+def test_what_a_job_raises_is_raised(made):
+    with made() as some, pytest.raises(BadInput, match="do three: it is odd"):
+        list(some.each(odd, [1, 2, 3, 4]))
+
+
+def process(_):
+    return os.getpid()
+
+
+def test_nothing_is_started_for_jobs_that_are_done_at_once():
+    with Processes(2) as many:
+        assert dict(many.each(process, [0, 1])) == dict.fromkeys([0, 1], os.getpid())
+        assert many.pool is None
+
+
+def test_what_cannot_be_sent_is_said():
+    lock = threading.Lock()
+
+    def locked(k):
+        with lock:
+            return k
+
+    with Processes(2, after=0.0) as many, pytest.raises(BadInput, match="cannot be pickled"):
+        list(many.each(locked, [1, 2]))
+    with Here() as alone:
+        assert dict(alone.each(locked, [1])) == {0: 1}
+
+
+def test_engines_by_name():
+    assert isinstance(engine("local", 1), Here)
+    with engine("local", 3) as three:
+        assert isinstance(three, Processes)
+        assert three.workers == 3
+    assert engine("local").workers == processors()
+    for wrong in [("slurm", None), ("local", 0)]:
+        with pytest.raises(BadInput, match="local, ray"):
+            engine(*wrong)
