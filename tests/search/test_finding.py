@@ -49,3 +49,30 @@ def test_one_trial_alone_is_drawn(said):
 @pytest.mark.parametrize("report", [{}, {"search": None}, {"search": "no"}])
 def test_a_report_without_a_search_has_no_section(report):
     assert finding.search_of(report) is None
+
+
+def test_the_heat_map_has_a_cell_for_each_offer_and_marks_what_was_taken(said):
+    said["options"][1] |= {"value": 0.75, "deviation": 1e-9}
+    said["options"][0] |= {"deviation": 2.0}
+    page = finding.section(said)
+    table = ElementTree.fromstring(page[page.index("<table") : page.index("</table>") + 8])
+    head, first, second = table.findall("tr")
+    assert [cell.text for cell in head] == ["place", "amount 0.5", "amount 0.75"]
+    place, taken, nothing = first
+    assert (place.text, taken.get("class"), nothing.text) == ("a", "offer got", "–")
+    assert taken.get("style") == "--heat:1.000"
+    assert "25.0 % of the MACs" in taken.get("title")
+    assert second[2].get("style") == "--heat:0.000"
+    assert second[2].get("class") == "offer"
+
+
+def test_predicted_stands_beside_measured(said):
+    assert "→" not in finding.section(said)
+    said["trials"][1]["predicted"] = {"latency": 0.25, "size": 0.6}
+    page = finding.section(said)
+    table = page[page.index("Predicted → measured") :]
+    table = ElementTree.fromstring(table[table.index("<table") : table.index("</table>") + 8])
+    assert [[cell.text for cell in row] for row in table] == [
+        ["trial", "outputs moved", "drop", "latency", "size"],
+        ["2", "0.1", "+3.00pp", "0.250 → 0.300", "0.600 → 0.500"],
+    ]

@@ -151,7 +151,15 @@ def test_trials_that_no_other_beats_are_kept_and_can_be_picked(found, tmp_path):
 def test_no_plan_is_tried_twice():
     """The strongest plan of all is bearable here, and found once."""
     more = SMALL | {"trials": 6, "finals": 0, "epochs": 0.2, "techniques": ["L1Filters"]}
+    told: list[str] = []
+    more["tell"] = lambda what, done, of: told.append(what)
     said = run.search(tiny_task("plain_cnn"), drop="50pp", minimize="macs", **more).readings
+    trials = said["search"]["trials"]
+    best = min(trials, key=lambda t: t["macs"])
+    assert "best" not in told[0]
+    assert told[-1].endswith(
+        f"best drop {100 * best['drop']:+.2f}pp of 50pp, macs {best['macs']:.3f}x"
+    )
     tried = [(t["recipe"], t["final"]) for t in said["search"]["trials"]]
     assert 1 < len(set(tried)) == len(tried)
 

@@ -19,7 +19,16 @@ svg.trials text{font-size:11px;fill:var(--soft)}
 svg.trials line{stroke:var(--line)}
 svg.trials circle{fill:var(--before)}svg.trials circle.final{fill:var(--after)}
 svg.trials circle.taken{fill:var(--good);stroke:var(--ink);stroke-width:2}
+#search .scroll{overflow-x:auto}
+table.offers{border-collapse:separate;border-spacing:2px;width:auto;font-size:.8rem}
+table.offers th{font-weight:500;color:var(--soft);white-space:nowrap}
+table.offers td,table.offers th{padding:3px 8px;text-align:right;border:0}
+table.offers td:first-child,table.offers th:first-child{text-align:left}
+td.offer{border-radius:4px;
+background:color-mix(in srgb,var(--bad) calc(var(--heat)*70%),transparent)}
+table.offers td.got{outline:2px solid var(--good);font-weight:600}
 """
+MILD = 1e-4  # a deviation that has no colour yet; 1 has all of it
 
 
 def search_of(report: Mapping[str, Any]) -> Search | None:
@@ -101,6 +110,7 @@ def section(found: Search) -> str:
     """HTML: the trials as a picture, and the words."""
     picture = _picture(found)
     parts = [f'<div class="card">{picture}</div>'] if picture else []
+    parts += [_heat(found), _compared(found)]
     for head, lines in explained(found):
         items = "".join(f"<li>{escape(line)}</li>\n" for line in lines)
         if len(lines) > 8:
@@ -111,6 +121,60 @@ def section(found: Search) -> str:
         else:
             parts.append(f'<h3>{escape(head)}</h3><ul class="notes">\n{items}</ul>')
     return "\n".join(parts)
+
+
+def _heat(found: Search) -> str:
+    """A table for each technique: how much each place alone disturbs the outputs, at each rung."""
+    tables: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for option in found["options"]:
+        rungs = tables.setdefault(option["technique"], {}).setdefault(option["place"], {})
+        rungs[_strength(option)] = option
+    shown = []
+    for technique, places in tables.items():
+        heads = list(dict.fromkeys(rung for rungs in places.values() for rung in rungs))
+        lines = [_line("th", ["place", *heads])]
+        for place, rungs in places.items():
+            cells = (_cell(rungs.get(head), found) for head in heads)
+            lines.append(f"<tr><td>{escape(place)}</td>{''.join(cells)}</tr>")
+        shown.append(_foldable(f"{technique}: how far each place alone moves the outputs", lines))
+    return "\n".join(shown)
+
+
+def _cell(option: Mapping[str, Any] | None, found: Search) -> str:
+    if option is None:
+        return "<td>–</td>"
+    heat = 1 - math.log10(max(option["deviation"], MILD)) / math.log10(MILD)
+    saved = percent(-option["macs"] / (found["macs"] or 1))
+    kind = "offer got" if option["taken"] else "offer"
+    title = f"{option['place']}, {_strength(option)}: saves {saved} of the MACs"
+    return (
+        f'<td class="{kind}" style="--heat:{min(max(heat, 0), 1):.3f}" title="{escape(title)}">'
+        f"{option['deviation']:.2g}</td>"
+    )
+
+
+def _compared(found: Search) -> str:
+    """What was predicted of each plan, and what was measured."""
+    cut = [(k, t) for k, t in enumerate(found["trials"], start=1) if t["predicted"]]
+    if not cut:
+        return ""
+    names = list(cut[0][1]["predicted"])
+    lines = [_line("th", ["trial", "outputs moved", "drop", *names])]
+    for number, trial in cut:
+        costs = [f"{trial['predicted'][name]:.3f} → {trial[name]:.3f}" for name in names]
+        lines.append(_line("td", [str(number), f"{trial['deviation']:.2g}", _drop(trial), *costs]))
+    return _foldable("Predicted → measured, over the original's", lines)
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+
+
+def _foldable(head: str, lines: Sequence[str]) -> str:
+    """A table under its heading, closed where it is long."""
+    state = " open" if len(lines) <= 12 else ""
+    body = f'<div class="scroll"><table class="offers">{"".join(lines)}</table></div>'
+    return f"<details{state}><summary>{escape(head)}</summary>{body}</details>"
 
 
 def _picture(found: Search) -> str:

@@ -133,7 +133,9 @@ class Search:
 
     def __init__(self, task: Task, wish: Wish, settings: Settings, engine: Engine) -> None:
         assert settings.workspace is not None
-        self.task, self.wish, self.settings, self.engine = task, wish, settings, engine
+        self.task, self.wish, self.engine = task, wish, engine
+        self.settings = dataclasses.replace(settings, tell=self._tell)
+        self.tell = settings.tell
         self.home = settings.workspace
         self.bounds = wish.goals.limits()
         self.notes: list[str] = []
@@ -160,6 +162,27 @@ class Search:
         options = self.bench.options(best["target"])
         proven = runner.prove(chosen, self.task, {"search": said}, **options)
         return dataclasses.replace(proven, files=proven.files | self._kept())
+
+    def _tell(self, what: str, done: int, of: int) -> None:
+        """Progress, with the best trial so far beside what is asked, and the time left."""
+        parts = [what]
+        if self.trials:
+            best = min(self.trials, key=self._rank)
+            names = dict.fromkeys(["drop", *self._limits(), self.wish.minimize])
+            parts.append("best " + ", ".join(self._figure(name, best) for name in names))
+        if self.wish.seconds is not None:
+            left = self.began + self.wish.seconds - clock.monotonic()
+            parts.append(f"{left / 60:.0f} min left" if left > 0 else "over time")
+        self.tell("; ".join(parts), done, of)
+
+    def _figure(self, name: str, trial: Mapping[str, Any]) -> str:
+        """A figure of a trial in words, and its limit."""
+        value = f"{trial[name]:.3f}x"
+        if name == "drop":
+            percent = self.task.measure.unit == "%"
+            value = f"{100 * trial[name]:+.2f}pp" if percent else f"{trial[name]:+.4g}"
+        limit = getattr(self.wish.goals, name)
+        return f"{name} {value}" if limit is None else f"{name} {value} of {limit}"
 
     def _claim(self) -> None:
         """Rows of another search are never taken for this one's."""
