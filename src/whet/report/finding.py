@@ -131,7 +131,8 @@ def _heat(found: Search) -> str:
         rungs[_strength(option)] = option
     shown = []
     for technique, places in tables.items():
-        heads = list(dict.fromkeys(rung for rungs in places.values() for rung in rungs))
+        longest = sorted(places.values(), key=len, reverse=True)
+        heads = list(dict.fromkeys(rung for rungs in longest for rung in rungs))
         lines = [_line("th", ["place", *heads])]
         for place, rungs in places.items():
             cells = (_cell(rungs.get(head), found) for head in heads)

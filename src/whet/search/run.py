@@ -253,6 +253,9 @@ class Search:
             self._toward(menu, costs, limits)
             return
         low, high = plans.least(menu, costs, name), costs.predict(())[name]
+        if low >= high:
+            self.notes.append(f"nothing that was tried is predicted to lower the {name}.")
+            return
         passing: list[tuple[float, Plan]] = []
         kinds = ["short"] * self.wish.trials
         kinds += ["long"] * (self.wish.finals if self.task.train is not None else 0)
