@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check docs clean
+.PHONY: demo test check docs browser clean
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("whet needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -32,6 +32,13 @@ check: .venv/.check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --strict --quiet --site-dir .venv/site
+
+# Chromium for the tests of the page, which are skipped without it
+browser: .venv/.browser
+
+.venv/.browser: $(BIN)/python
+	npm install --silent --no-audit --no-fund --prefix .venv/browser puppeteer-core@24 @sparticuz/chromium@147
+	touch $@
 
 docs: .venv/.check
 	$(BIN)/mkdocs serve
