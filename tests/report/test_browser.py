@@ -27,9 +27,11 @@ SEARCH: dict[str, Any] = {
     "macs": 1000,
     "techniques": {"L1Filters": "taken"},
     "options": [
-        OFFER | {"place": f"layer{k}.conv", "value": value, "deviation": 1e-4 * 10**(2 * value + k / 10),
-                 "taken": k == 3 and value == 0.5}
-        for k in range(20) for value in (0.25, 0.5, 0.75)
+        OFFER
+        | {"place": f"layer{k}.conv", "value": value, "taken": k == 3 and value == 0.5}
+        | {"deviation": 1e-4 * 10 ** (2 * value + k / 10)}
+        for k in range(20)
+        for value in (0.25, 0.5, 0.75)
     ],
     "trials": [TRIAL, TRIAL | {"taken": False, "drop": 0.03, "latency": 0.3}],
     "rank_correlation": {"latency": 0.9, "drop": None},
