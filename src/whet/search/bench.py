@@ -36,7 +36,7 @@ from whet.task import Task, evaluate, limited
 from whet.technique import Technique, Work
 
 EXAMPLES = 64  # of each try
-PROFILES = 6  # random plans that are timed
+PROFILES = 4  # random plans that are timed
 TIMES = 3.0  # a long recovery over a short one
 LEAST = 0.3  # of the time is for recoveries, however long the tries took
 TRYING = 0.15  # of the time is for tries
@@ -78,19 +78,27 @@ class Bench:
         self.rows, self.engine, self.home = rows, engine, settings.workspace
         self.network = fingerprint(task.model)
         self.began, self.proofs = time.monotonic(), [0.0]
+        self.timed: dict[str, Profile] = {}
 
-    def menu(self, wanted: set[str], targets: list[Target]) -> Menu:
-        """Every option alone: see `menu.draw`."""
+    def menu(self, wanted: set[str], targets: list[Target], way: Way | None) -> Menu:
+        """Every option alone: see `menu.draw`.
+
+        Args:
+            wanted: costs that are to fall, "macs" or "bytes".
+            targets: the runtimes in question.
+            way: how plans will end, where their latency matters.
+        """
         batches = self.task.statistics() or self.task.validation or []
         known = answers(self.task.model, list(limited(batches, EXAMPLES)), EXAMPLES)
         patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
         base = counts(self.task.model, self.task.example)
         attempt = Attempt(self.task, known, base, targets, self.settings.seed)
-        tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell)
+        clock = None if way is None else lambda step: self._faster([step], way)
+        tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell, clock)
         return draw(tries, wanted, self.wish.techniques)
 
     def profiles(self, menu: Menu, way: Way) -> list[Profile]:
-        """The untouched network and some random plans, in the runtime, each layer timed."""
+        """All plans timed layer by layer in the runtime: the untouched network, some at random."""
         chance = random.Random(self.settings.seed)
         groups = plans.bundles(menu)
         picks: list[plans.Bundle] = [()]
@@ -102,14 +110,25 @@ class Bench:
                     for group in groups
                 )
             )
-        found = []
         for done, pick in enumerate(picks):
             self.settings.tell("time random plans", done, len(picks))
-            steps = [_bare(step) for step in plans.steps(pick)]
-            name = f"profile {Recipe(steps).yaml()} {self.network} {way} {self.settings.threads}"
-            row = self.rows.get(name, lambda steps=steps: self._profile(steps, way))
-            found += [] if row is None else [Profile.of(row)]
-        return found
+            self._timed(plans.steps(pick), way)
+        return list(self.timed.values())
+
+    def _faster(self, steps: Sequence[Technique], way: Way) -> float:
+        """The latency after these steps over that before them, both finished."""
+        before, after = self._timed([], way), self._timed(steps, way)
+        assert before is not None
+        return 1.0 if after is None else after.latency / before.latency
+
+    def _timed(self, steps: Sequence[Technique], way: Way) -> Profile | None:
+        """A plan in the runtime; None where it is refused."""
+        bare = [_bare(step) for step in steps]
+        name = f"profile {Recipe(bare).yaml()} {self.network} {way} {self.settings.threads}"
+        row = self.rows.get(name, lambda: self._profile(bare, way))
+        if row is not None:
+            self.timed[name] = Profile.of(row)
+        return self.timed.get(name)
 
     def _profile(self, steps: Sequence[Technique], way: Way) -> dict[str, Any] | None:
         target = catalog.target(way.target)

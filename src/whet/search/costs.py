@@ -7,7 +7,8 @@ no plan has timed are taken to be as slow as that was. The whole network's time 
 
     t = a sum_l t_l(MACs_l) + b,
 
-a and b by least squares over the same networks; its bytes as c sum_l bytes_l + d.
+a and b with the least relative errors (squares) over the same networks; its bytes as
+c sum_l bytes_l + d.
 """
 
 from __future__ import annotations
@@ -77,12 +78,17 @@ class Costs:
     bias: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.tables: dict[Any, dict[int, list[float]]] = {}
+        measured: dict[Any, dict[int, list[float]]] = {}
         for profile in self.profiles:
             for path, like in self._likes(profile.layers).items():
                 if path in profile.times:
-                    table = self.tables.setdefault(like, {})
+                    table = measured.setdefault(like, {})
                     table.setdefault(profile.layers[path][0], []).append(profile.times[path])
+        # MACs in order, and milliseconds
+        self.tables: dict[Any, tuple[list[int], list[float]]] = {
+            like: (sorted(table), [float(np.median(table[macs])) for macs in sorted(table)])
+            for like, table in measured.items()
+        }
         sums = [self._layer_time(profile.layers) for profile in self.profiles]
         self.time = _line(sums, [profile.latency for profile in self.profiles])
         sizes = [float(total(profile.layers)[1]) for profile in self.profiles]
@@ -124,9 +130,7 @@ class Costs:
             return self._one(old, old[0]) / len(beside) if old in self.tables else 0.0
         if table is None:
             return 0.0
-        points = sorted((m, float(np.median(ms))) for m, ms in table.items())
-        known, times = zip(*points, strict=True)
-        return float(np.interp(macs, known, times))
+        return float(np.interp(macs, *table))
 
     def predict(self, offers: Sequence[Offer]) -> dict[str, float]:
         """Latency, size and MACs over the original's, each times its bias."""
@@ -140,11 +144,12 @@ class Costs:
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """a, b of y ~ a x + b, neither negative; else through the origin."""
+    """a, b of y ~ a x + b with the least relative errors, neither negative; else no b."""
     first, second = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
     if np.ptp(first) > 0:
-        a, b = np.polyfit(first, second, 1)
+        a, b = np.polyfit(first, second, 1, w=1 / second)
         if a >= 0 and b >= 0:
             return float(a), float(b)
-    square = float(first @ first)
-    return (float(first @ second) / square if square else 0.0), 0.0
+    shares = first / second
+    square = float(shares @ shares)
+    return (float(shares.sum()) / square if square else 0.0), 0.0

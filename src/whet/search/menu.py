@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +35,7 @@ from whet.technique import Technique, Work
 
 Counts = tuple[int, int]  # MACs, bytes as deployed
 NOTHING: Counts = (0, 0)
+FASTER = 0.02  # of the time has to go where a technique acts everywhere
 ALIKE = 0.1  # savings within this share of each other are the same
 # what a try looks at and how long it trains, by the knobs that say it
 FEW = {"calibrate": 64, "examples": 64, "steps": 0}
@@ -137,13 +138,20 @@ class Tries:
         engine: where tries are made.
         patience: seconds that all of them may take.
         tell: progress, as tell(what, done, of).
+        clock: the deployed latency after a step, over that before it; None where time is no matter.
     """
 
     def __init__(
-        self, attempt: Attempt, rows: Rows, engine: Engine, patience: float, tell: Tell
+        self,
+        attempt: Attempt,
+        rows: Rows,
+        engine: Engine,
+        patience: float,
+        tell: Tell,
+        clock: Callable[[Technique], float] | None = None,
     ) -> None:
         self.attempt, self.rows, self.engine = attempt, rows, engine
-        self.patience, self.tell = patience, tell
+        self.patience, self.tell, self.clock = patience, tell, clock
         self._places: dict[type[Technique], list[str]] = {}
         self.name = f"{fingerprint(attempt.task.model)} {attempt.seed}"
 
@@ -233,20 +241,56 @@ def _screened(
             stays[name] = kind, said, now
         else:
             menu.verdicts[name] = f"it saves no {' and no '.join(sorted(wanted))} here"
+    good = _fastest(tries, menu, wanted, stays, firsts)
     room = tries.patience
-    for name in sorted(stays, key=lambda name: _worth(*stays[name][1:], before)):
-        kind, said, _ = stays[name]
-        seconds = _seconds(kind, tries, firsts[name], said)
-        rival = next((n for n in menu.verdicts if _rivals(stays, n, name, menu, before)), None)
-        if rival is not None:
-            share = stays[rival][1]["deviation"] / max(said["deviation"], 1e-12)
-            menu.verdicts[name] = f"{rival} saves as much at {share:.2g} of its error"
-        elif seconds > room:
+    for name in sorted(good, key=lambda name: stays[name][1]["deviation"] / good[name] ** 2):
+        seconds = _seconds(stays[name][0], tries, firsts[name], stays[name][1])
+        if seconds > room:
             menu.verdicts[name] = f"{_slow(seconds)}, which others are worth more"
         else:
             menu.verdicts[name] = "taken"
             room -= seconds
     return [kind for name, (kind, _, _) in stays.items() if menu.verdicts[name] == "taken"]
+
+
+def _fastest(
+    tries: Tries,
+    menu: Menu,
+    wanted: set[str],
+    stays: Mapping[str, tuple[type[Technique], dict[str, Any], Counts]],
+    firsts: Mapping[str, Mapping[str, Any]],
+) -> dict[str, float]:
+    """Of techniques that save alike the least disturbing; what each saves, in time if that counts.
+
+    L / s^2 says which of two disturbs less: a step that saves the share s more or less disturbs as
+    its square.
+    """
+    before, good = total(tries.attempt.base), {}
+    saved = {
+        name: max(1 - a / max(b, 1) for a, b in zip(now, before, strict=True))
+        for name, (_, _, now) in stays.items()
+    }
+    for name in sorted(stays, key=lambda name: stays[name][1]["deviation"] / saved[name] ** 2):
+        kind, said, _ = stays[name]
+        seconds = _seconds(kind, tries, firsts[name], said)
+        rival = next((n for n in good if _rivals(stays, n, name, before)), None)
+        if rival is not None:
+            share = stays[rival][1]["deviation"] / max(said["deviation"], 1e-12)
+            menu.verdicts[name] = f"{rival} saves as much at {share:.2g} of its error"
+        elif seconds > tries.patience:
+            menu.verdicts[name] = _slow(seconds)
+        else:
+            good[name] = saved[name]
+    if tries.clock is None:
+        return good
+    for done, name in enumerate(good):
+        tries.tell(f"time {name}", done, len(good))
+        kind, _, now = stays[name]
+        time = tries.clock(_half(kind))
+        good[name] = max(1 - time, 1 - now[1] / before[1] if "bytes" in wanted else 0.0)
+        if good[name] < FASTER:
+            menu.verdicts[name] = f"it saves operations and no time: {time:.2f}x"
+    return {name: share for name, share in good.items() if name not in menu.verdicts}
 
 
 def _first(kind: type[Technique], tries: Tries) -> Technique:
@@ -268,22 +312,13 @@ def _slow(seconds: float) -> str:
     return f"its tries would take about {max(seconds / 60, 1):.0f} minutes"
 
 
-def _worth(said: Mapping[str, Any], now: Counts, before: Counts) -> float:
-    """L / s^2: a step that saves the share s more or less disturbs as its square."""
-    share = max(1 - a / max(b, 1) for a, b in zip(now, before, strict=True))
-    return said["deviation"] / share**2
-
-
 def _rivals(
     stays: Mapping[str, tuple[type[Technique], dict[str, Any], Counts]],
     first: str,
     second: str,
-    menu: Menu,
     before: Counts,
 ) -> bool:
-    """Whether `first`, which was taken, saves about what `second` does, by the same family."""
-    if menu.verdicts[first] != "taken":
-        return False
+    """Whether `first` saves about what `second` does, by the same family."""
     a, b = stays[first], stays[second]
     if catalog.family(a[0]) != catalog.family(b[0]) or a[0].ladder != b[0].ladder:
         return False

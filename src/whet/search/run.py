@@ -152,8 +152,9 @@ class Search:
         rows = Rows(self.home / "rows.jsonl")
         self.bench = Bench(self.task, self.wish, self.settings, rows, self.engine)
         self.way = self._way(targets)
-        wanted = {COSTS[n] for n in (*self._limits(), self.wish.minimize) if n in COSTS}
-        menu = self.bench.menu(wanted, targets)
+        costly = {*self._limits(), self.wish.minimize} & COSTS.keys()
+        wanted = {COSTS[name] for name in costly}
+        menu = self.bench.menu(wanted, targets, self.way if "latency" in costly else None)
         costs = Costs(menu.base, self.bench.profiles(menu, self.way))
         self._explore(menu, costs)
         best = min(self.trials, key=self._rank)

@@ -73,12 +73,13 @@ class DropBlocks(Technique):
                 "Raise amount, or use L1Filters on a network without residual blocks.",
             )
         gone: list[str] = []
-        for turn in range(self.rounds):
-            share = round(goal * (turn + 1) / self.rounds) - len(gone)
+        rounds = 1 if goal == len(free) else self.rounds  # where all go there is no choice
+        for turn in range(rounds):
+            share = round(goal * (turn + 1) / rounds) - len(gone)
             left = [path for path in free if path not in gone]
             look = self._costs if self.by == "loss" else self._influences
             all_go = share == len(left)  # then there is nothing to choose
-            costs = dict.fromkeys(left, 0.0) if all_go else look(work, left, (turn, self.rounds))
+            costs = dict.fromkeys(left, 0.0) if all_go else look(work, left, (turn, rounds))
             worst_first = sorted(left, key=lambda path: costs[path])
             for path in worst_first[:share]:
                 surgery.replace(work.model, path, placeable.Shortcut())
