@@ -1,4 +1,4 @@
-"""Many students of one teacher: each ends as if alone, and the teacher answers a batch once."""
+"""Students of one teacher end as if alone; assistants teach in turn; a teacher may train beside."""
 
 import copy
 from dataclasses import replace
@@ -9,12 +9,13 @@ from torch import nn
 
 from whet.errors import Refused
 from whet.rungs.teachers import Teacher
-from whet.rungs.together import teach_together
-from whet.task import Stream
+from whet.rungs.together import Present, teach_beside, teach_in_turn, teach_together
+from whet.task import Stream, as_arguments
 from whet.technique import Work
 from whet.techniques.distill.attentiontransfer import AttentionTransfer
 from whet.techniques.distill.contrastive import Contrastive
 from whet.techniques.distill.distill import Distill
+from whet.techniques.distill.finetune import FineTune
 from whet.techniques.distill.fitnet import FitNet
 from whet.testing import tiny_task
 
@@ -195,3 +196,68 @@ def test_a_stream_goes_on_where_it_was_left_and_takes_nothing_from_outside():
                 numbers.append(torch.rand(2))
     assert all(torch.equal(torch.cat(numbers), expected) for numbers in drawn)
     assert torch.equal(torch.rand(6), expected)
+
+
+def test_assistants_teach_in_turn():
+    task, students = classroom(8, 6, 4)
+    expected, teacher = [], task.teachers[0]
+    torch.manual_seed(0)
+    for student in students:
+        work = Work(copy.deepcopy(student), task.model, replace(task, teachers=(teacher,)))
+        FitNet(**KNOBS).apply(work)
+        expected.append(work)
+        teacher = work.model
+    torch.manual_seed(0)
+    told = []
+    works = teach_in_turn(FitNet(**KNOBS), task, students, lambda *at: told.append(at))
+    assert told == [(k + 1, 24) for k in range(24)]
+    for work, one, student in zip(works, expected, students, strict=True):
+        assert work.model is student
+        assert work.notes == one.notes
+        state = one.model.state_dict()
+        assert all(torch.equal(v, state[k]) for k, v in student.state_dict().items())
+
+
+def test_who_trains_beside_a_student_ends_as_if_alone():
+    task, (teacher, student) = classroom(8, 4, teachers=0)
+    expected = alone(FineTune(**KNOBS), task, teacher)
+    before = copy.deepcopy(student.state_dict())
+    torch.manual_seed(0)
+    first, second = teach_beside(FitNet(**KNOBS), task, teacher, student)
+    assert (first.model, second.model) == (teacher, student)
+    assert first.notes == expected.notes
+    state = expected.model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in teacher.state_dict().items())
+    assert not all(torch.equal(v, before[k]) for k, v in student.state_dict().items())
+    assert len(second.notes) == 1
+    assert not any(m._forward_hooks for net in (teacher, student) for m in net.modules())
+
+
+def test_a_student_hears_a_teacher_that_trains_as_it_is_by_then(monkeypatch):
+    task, (teacher, student) = classroom(8, 4, validation=False, teachers=0)
+    heard, ask = [], Present.__call__
+
+    def spy(self, inputs, whom):
+        said = ask(self, inputs, whom)
+        again = copy.deepcopy(teacher).eval()(*as_arguments(inputs))
+        heard.append((said[0], again, len(again), teacher.training))
+        return said
+
+    monkeypatch.setattr(Present, "__call__", spy)
+    teach_beside(Distill(**KNOBS), task, teacher.train(), student)
+    assert len([n for _, _, n, _ in heard if n > 2]) == KNOBS["epochs"] * len(task.train)
+    for said, again, _, training in heard:
+        assert torch.equal(said, again.detach())
+        assert not said.requires_grad
+        assert training
+    firsts = [said for said, _, n, _ in heard if n > 2][:: len(task.train)]
+    assert not torch.equal(firsts[0], firsts[1])  # the same batch
+
+
+def test_a_student_that_cannot_be_taught_beside_is_refused_before_any_work():
+    task, (teacher, student) = classroom(8, 4, teachers=0)
+    student.head = nn.Linear(8, 7)
+    before = copy.deepcopy(teacher.state_dict())
+    with pytest.raises(Refused, match="the student scores 7 classes, the teacher 4"):
+        teach_beside(Distill(**KNOBS), task, teacher, student)
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())

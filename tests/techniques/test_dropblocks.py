@@ -3,6 +3,7 @@
 import copy
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from whet import fit
 from whet.graph import surgery
 from whet.graph.ledger import ledger
 from whet.technique import Need, Work
-from whet.techniques.prune.dropblocks import DropBlocks, influence
+from whet.techniques.prune.dropblocks import DropBlocks, influence, spread
 from whet.testing import tiny_task
 
 BLOCKS = ("3", "5", "6")  # those of residual_cnn that can go; "4" cannot
@@ -118,6 +119,45 @@ def test_by_influence_the_block_that_changes_least_goes(apply):
     work = apply(task, DropBlocks(amount=0.25, rounds=1, by="influence"))
     assert gone(work.model) == {"5"}
     assert not any(m._forward_hooks for m in work.model.modules())
+
+
+def test_what_stays_is_spread_from_the_first_to_the_last():
+    assert sorted(spread(12, 6)) == [0, 2, 4, 7, 9, 11]  # DistilBERT's
+    for n in range(1, 15):
+        for m in range(2, n + 1):
+            stay = sorted(spread(n, m))
+            gaps = {b - a for a, b in pairwise(stay)}
+            assert (len(stay), stay[0], stay[-1]) == (m, 0, n - 1)
+            assert max(gaps) - min(gaps) <= 1
+    assert (spread(5, 1), spread(5, 0)) == ({0}, set())
+
+
+class Halves(nn.Module):
+    """A residual block on its own: `by` is its branch."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = by
+
+    def forward(self, x):
+        return x + self.by(x)
+
+
+def test_by_place_whole_layers_go_and_nothing_is_looked_at(apply):
+    wide, narrow = (lambda: nn.Linear(192, 192)), (lambda: nn.Linear(192, 192, bias=False))
+    pairs = [part for _ in range(4) for part in (Halves(wide()), Halves(narrow()))]
+    model = nn.Sequential(nn.Flatten(), *pairs, nn.Linear(192, 4))
+    task = replace(tiny_task("plain_cnn"), model=model, validation=[])
+    work = apply(task, DropBlocks(amount=0.5, by="place"))
+    gone = [k for k in range(1, 9) if isinstance(work.model[k], nn.Identity)]
+    assert gone == [3, 4, 5, 6]  # of four layers of two blocks the first and the last stay
+    assert "dropped 4 blocks: 3, 5, 4, 6." in work.notes
+
+
+@pytest.mark.parametrize("amount", [0.25, 0.5, 0.75])
+def test_by_place_as_many_go_as_were_asked_for(apply, amount):
+    work = apply(tiny_task("residual_cnn"), DropBlocks(amount=amount, by="place"))
+    assert len(gone(work.model)) == round(4 * amount)
 
 
 def test_no_hook_stays_when_the_network_fails():

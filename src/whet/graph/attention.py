@@ -74,9 +74,9 @@ class Attention(nn.Module):
             layer(part).unflatten(-1, (-1, self.size)).transpose(1, 2)
             for layer, part in zip(layers, parts, strict=True)
         )
-        mask = _added(attn_mask, q)
+        mask = added(attn_mask, q)
         if key_padding_mask is not None:
-            padded = _added(key_padding_mask, q)
+            padded = added(key_padding_mask, q)
             assert padded is not None
             padded = padded.reshape(-1, 1, 1, k.shape[2])
             mask = padded if mask is None else mask + padded
@@ -95,7 +95,7 @@ class Attention(nn.Module):
         return (y.squeeze(1 if turned else 0) if lone else y), weights
 
 
-def _added(mask: Tensor | None, like: Tensor) -> Tensor | None:
+def added(mask: Tensor | None, like: Tensor) -> Tensor | None:
     """A mask as numbers to add to the scores: true stands for minus infinity."""
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)

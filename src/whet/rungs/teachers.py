@@ -1,9 +1,9 @@
-"""Teachers: networks that answer, and the ears for what modules of a network give."""
+"""Teachers: networks that answer, and the ears for what their modules give and attentions see."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -12,18 +12,30 @@ from torch import Tensor, nn
 
 from whet.errors import Refused
 from whet.fit import widened
-from whet.graph import folding
+from whet.graph import attending, folding
 from whet.task import as_arguments, tensors_in
 
-Features = Mapping[str, Tensor]  # by the module that gives them
+Features = Mapping[str, Tensor]  # by the module that gives them, or as `read` and `seen` say
+
+INPUT, SIGHT = "/input", "attention:"
+
+
+def read(path: str) -> str:
+    """How a `Listener` is asked for the first input of a module."""
+    return path + INPUT
+
+
+def seen(attention: int, what: str) -> str:
+    """How a `Listener` is asked for what an attention sees: "scores" or "values"."""
+    return f"{SIGHT}{attention}/{what}"
 
 
 class Listener:
-    """Notes what modules of a network give while it is entered.
+    """Notes what modules of a network give, read and see while it is entered.
 
     Args:
         model: the network.
-        paths: of the modules.
+        paths: of modules that give something; else what `read` and `seen` say.
     """
 
     def __init__(self, model: nn.Module, paths: set[str]) -> None:
@@ -32,9 +44,13 @@ class Listener:
         self.handles: list[Any] = []
 
     def __enter__(self) -> None:
-        for path in self.paths:
-            module = self.model.get_submodule(path)
-            self.handles.append(module.register_forward_hook(partial(self._note, path)))
+        sights = {path for path in self.paths if path.startswith(SIGHT)}
+        if sights:
+            self.handles.append(attending.Watch(self.model, self._look))
+        for path in self.paths - sights:
+            module = self.model.get_submodule(path.removesuffix(INPUT))
+            note = self._note_input if path.endswith(INPUT) else self._note
+            self.handles.append(module.register_forward_hook(partial(note, path)))
 
     def __exit__(self, *error: Any) -> None:
         while self.handles:
@@ -42,6 +58,16 @@ class Listener:
 
     def _note(self, path: str, module: nn.Module, args: Any, out: Any) -> None:
         self.heard[path] = widened(out)
+
+    def _note_input(self, path: str, module: nn.Module, args: Any, out: Any) -> None:
+        if args:
+            self.heard[path] = widened(args[0])
+
+    def _look(self, k: int, see: Callable[[], attending.Seen]) -> None:
+        wanted = {seen(k, what): what for what in attending.Seen._fields}
+        if not self.paths.isdisjoint(wanted):
+            found = see()
+            self.heard |= {name: widened(getattr(found, what)) for name, what in wanted.items()}
 
     def take(self, asked: str) -> Features:
         """What was noted since the last time; `asked` says for whom.

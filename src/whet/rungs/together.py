@@ -1,19 +1,20 @@
-"""Many students of one teacher in one pass: it answers each batch once, for all of them."""
+"""Several networks taught: many by one teacher, each by the one before, or beside its teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from whet.fit import Learner, fit_together
-from whet.rungs.teachers import Features, Teacher
+from whet.fit import Learner, fit_together, widened
+from whet.rungs.teachers import Features, Listener, Teacher
 from whet.rungs.teaching import DistillTechnique, Lessons
 from whet.rungs.training import judged, say
-from whet.task import Batch, Batches, Stream, Task, count
+from whet.task import Batch, Batches, Stream, Task, as_arguments, count, evaluating
 from whet.technique import Work
 
 
@@ -58,6 +59,101 @@ def teach_together(
     for work, each in zip(works, scores, strict=True):
         say(work, each)
     return works
+
+
+def teach_in_turn(
+    technique: DistillTechnique,
+    task: Task,
+    students: Sequence[nn.Module],
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> list[Work]:
+    """Train `students` one after the other, each taught by the one before: assistant teachers.
+
+    The first learns from the task's teachers. Sizes fall from one to the next, so that none is far
+    behind its teacher (Mirzadeh et al. 2020, 1902.03393).
+
+    Args:
+        technique: the loss, and the schedule of each.
+        task: data and the first one's teachers; by default its model teaches.
+        students: trained in place, from the largest assistant to the student.
+        tell: progress, as tell(done, of) of all.
+
+    Returns:
+        What each has come to, with its notes.
+
+    Raises:
+        Refused: one of them cannot be compared with its teacher; those before it are trained.
+    """
+    works: list[Work] = []
+    for k, student in enumerate(students):
+        if works:
+            task = replace(task, teachers=(works[-1].model,))
+        said = lambda done, of, k=k: tell(k * of + done, len(students) * of)  # noqa: E731
+        works.append(Work(student, task.model, task, tell=said))
+        technique.apply(works[-1])
+    return works
+
+
+def teach_beside(
+    technique: DistillTechnique,
+    task: Task,
+    teacher: nn.Module,
+    student: nn.Module,
+    tell: Callable[[int, int], None] = lambda done, of: None,
+) -> tuple[Work, Work]:
+    """Train a teacher on the labels and, in the same pass, its student on what it says by then.
+
+    The teacher ends as if it were alone. It answers in eval mode, without gradient, with the
+    weights that it has after its step on the same batch; the student sees how it comes about.
+
+    Args:
+        technique: the student's loss, and the schedule of both.
+        task: data; its own teachers and its model are not asked.
+        teacher: trained in place; likewise `student`.
+        tell: progress, as tell(done, of).
+
+    Returns:
+        What teacher and student have come to, with their notes.
+
+    Raises:
+        Refused: the student cannot be compared with the teacher; both are as they were.
+    """
+    batches = task.train
+    assert batches is not None
+    task = replace(task, teachers=(teacher,))
+    works = Work(teacher, teacher, task), Work(student, teacher, task)
+    stream = Stream()  # the student's, so that the teacher draws what it would alone
+    with stream:
+        lessons = Lessons(technique, works[1], Present)
+
+    def labels_alone(inputs: Any, labels: Any, outputs: Any) -> Tensor:
+        return task.penalty(outputs, labels)
+
+    learners = [
+        Learner(teacher, labels_alone, judged(task)),
+        Learner(lessons.together(), lessons, judged(task), stream),
+    ]
+    with lessons.student:
+        scores = fit_together(learners, batches, technique, tell)
+    for work, each in zip(works, scores, strict=True):
+        say(work, each)
+    return works
+
+
+class Present:
+    """A teacher that still trains: it answers with the weights of the time.
+
+    Args: as those of `Teacher`; the network is no copy.
+    """
+
+    def __init__(self, network: nn.Module, example: tuple[Any, ...], paths: set[str]) -> None:
+        self.network, self.listener = network, Listener(network, paths)
+
+    @torch.no_grad()
+    def __call__(self, inputs: Any, asked: str) -> tuple[Any, Features]:
+        with evaluating(self.network), self.listener:
+            answers = widened(self.network(*as_arguments(inputs)))
+        return answers, self.listener.take(asked)
 
 
 class Shared:

@@ -2,20 +2,23 @@
 
     by="loss":       I_b = loss(network with block b switched off) - loss(network)
     by="influence":  I_b = 1 - E[x_b . y_b / (|x_b| |y_b|)], x_b what goes in, y_b what comes out
+    by="place":      of n blocks built alike the m numbered round(j (n - 1) / (m - 1)) stay, j < m
 
 A block can go when its input reaches its output through nothing but the skip connection's add and
 ReLU, so that an identity in its place is the network with the branch switched off; transformer
-layers count, those with a LayerNorm behind the sum as well.
+layers count, those with a LayerNorm behind the sum as well. By place nothing is looked at: what is
+left, layers 0, 2, 4, 7, 9, 11 of 12, is a student that starts from its teacher's weights.
 
 Papers: Veit et al. 2016 (residual networks behave like ensembles of shallow ones); Huang and Wang
     2018 (data-driven sparse structure selection) remove blocks likewise; Men et al. 2024, ShortGPT
-    (block influence, a mean over the vectors of all positions).
+    (block influence, a mean over the vectors of all positions); Sanh et al. 2019, DistilBERT (by
+    place).
 Helps when: the network is deep and narrow: time falls in every runtime and precision as the
     number of layers does, which cutting channels does not give.
 Hurts when: there are few blocks, or no training follows.
 Needs: validation data; calibration data for new BatchNorm statistics.
 Costs: passes over `examples` validation examples, each round: one for each block and one more by
-    loss, a single one by influence.
+    loss, a single one by influence, none by place.
 """
 
 from __future__ import annotations
@@ -49,7 +52,8 @@ class DropBlocks(Technique):
     amount: Annotated[float, Field(ge=0, le=1, description="share of all residual blocks")] = 0.33
     rounds: Annotated[int, Field(ge=1, description="look again after each share of them")] = 3
     by: Annotated[
-        Literal["loss", "influence"], Field(description="what the loss says, or how little it does")
+        Literal["loss", "influence", "place"],
+        Field(description="what the loss says, how little it does, or places evenly spread"),
     ] = "loss"
     examples: Annotated[int, Field(ge=1, description="validation examples for each look")] = 1000
     calibrate: Annotated[int, Field(ge=0, description="examples for BatchNorm statistics")] = 2048
@@ -72,6 +76,30 @@ class DropBlocks(Technique):
                 f"{len(free)} residual blocks can be dropped, and that share of them is none",
                 "Raise amount, or use L1Filters on a network without residual blocks.",
             )
+        gone = (self._spread if self.by == "place" else self._cheapest)(work, free, goal)
+        work.notes = [n for k, n in enumerate(work.notes) if n not in work.notes[:k]]
+        work.notes.append(f"dropped {len(gone)} blocks: {', '.join(gone)}.")
+
+    def _spread(self, work: Work, free: list[str], goal: int) -> list[str]:
+        """Drop `goal` of the blocks, the same share of those built alike, evenly over the depth."""
+        alike: dict[Any, list[str]] = {}
+        for path in free:
+            block = work.model.get_submodule(path)
+            shapes = tuple(w.shape for w in block.state_dict().values())
+            alike.setdefault((type(block), shapes), []).append(path)
+        gone: list[str] = []
+        seen = 0
+        for paths in alike.values():
+            seen += len(paths)
+            stay = spread(len(paths), len(paths) - round(goal * seen / len(free)) + len(gone))
+            gone += [path for k, path in enumerate(paths) if k not in stay]
+        for path in gone:
+            surgery.replace(work.model, path, placeable.Shortcut())
+        refresh_batchnorm(work, self.calibrate)
+        return gone
+
+    def _cheapest(self, work: Work, free: list[str], goal: int) -> list[str]:
+        """Drop `goal` of the blocks, those that cost least, and look again each round."""
         gone: list[str] = []
         rounds = 1 if goal == len(free) else self.rounds  # where all go there is no choice
         for turn in range(rounds):
@@ -85,8 +113,7 @@ class DropBlocks(Technique):
                 surgery.replace(work.model, path, placeable.Shortcut())
                 gone.append(path)
             refresh_batchnorm(work, self.calibrate if share else 0)
-        work.notes = [n for k, n in enumerate(work.notes) if n not in work.notes[:k]]
-        work.notes.append(f"dropped {len(gone)} blocks: {', '.join(gone)}.")
+        return gone
 
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
         found = blocks.residual_blocks(model, example)
@@ -141,6 +168,11 @@ class DropBlocks(Technique):
             loss = work.task.penalty(fit.widened(outputs), labels)
             total, seen = total + float(loss) * batch_size(inputs), seen + batch_size(inputs)
         return total / seen
+
+
+def spread(n: int, m: int) -> set[int]:
+    """Which m of n stay, from the first to the last: round(j (n - 1) / (m - 1)), j < m."""
+    return {round(j * (n - 1) / max(m - 1, 1)) for j in range(m)}
 
 
 def influence(x: Tensor, y: Tensor) -> float:
