@@ -77,6 +77,7 @@ class Technique(BaseModel):
         wants: forms that must be there before it.
         spoils: forms it would break, so it must come before the step that makes them.
         adds_operations: whether it saves bytes at the price of operations.
+        adds_bytes: whether it saves operations at the price of bytes.
         tiny: knobs that suit the tiny networks of the conformance kit.
         ladder: for a probe, values of its knobs from mild to strong.
         shows: a network of the conformance kit that it applies to.
@@ -89,6 +90,7 @@ class Technique(BaseModel):
     wants: ClassVar[frozenset[type]] = frozenset()
     spoils: ClassVar[frozenset[type]] = frozenset()
     adds_operations: ClassVar[bool] = False
+    adds_bytes: ClassVar[bool] = False
     tiny: ClassVar[dict[str, Any]] = {}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {}
     shows: ClassVar[str] = "residual_cnn"

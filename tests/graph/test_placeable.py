@@ -9,6 +9,7 @@ from torch import nn
 from whet.errors import Damaged
 from whet.graph import placeable
 from whet.graph.attention import Attention
+from whet.graph.exits import Exit
 from whet.graph.placeable import Bias, Concat, Reorder, Shortcut, Sum, Transpose
 from whet.graph.tensortrain import TrainTable
 
@@ -42,6 +43,7 @@ PLACED = [
     (nn.Unflatten(1, (2, 2)), IMAGE),
     (Sum([nn.Conv2d(4, 4, 1), nn.Sequential(nn.ReLU(), nn.Identity())]), IMAGE),
     (Concat([nn.Conv2d(4, 4, 1), nn.Identity()]), IMAGE),
+    (Exit([nn.Linear(4, 3), nn.Linear(4, 3)], 0.5, "entropy"), ROW),
 ]
 
 
@@ -104,6 +106,7 @@ def test_sums_and_neighbours():
         ({"type": "BatchNorm2d", "num_features": -1}, "a BatchNorm2d of"),
         ({"type": "Bias", "size": 0}, "a Bias of"),
         ({"type": "ReLU", "inplace": True}, "a ReLU of"),
+        ({"type": "Moved", "path": "0"}, "it places a 'Moved'"),
         ({"type": "Embedding", "num_embeddings": 0, "embedding_dim": 3}, "a Embedding of"),
     ],
 )

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from whet import numerics
-from whet.errors import BadInput
+from whet.errors import BadInput, Refused
 from whet.graph import sites, statistics
+from whet.graph.exits import Exit
 from whet.graph.statistics import BINS, Histogram
 from whet.testing import NETWORKS, batches, tiny_task
 
@@ -287,3 +288,16 @@ def test_moving_averages_of_the_extremes():
     low = 0.9 * (0.9 * -1.0 + 0.1 * -3.0) + 0.1 * 0.5
     assert histogram.moving() == pytest.approx((low, 0.9 * 2.0 + 0.1 * 8.0))
     assert histogram.minmax() == (-3.0, 8.0)
+
+
+def test_no_rows_count_for_nothing_and_a_site_without_any_is_refused():
+    histogram = Histogram()
+    histogram.add(torch.empty(0, 3))
+    assert histogram.average is None and not histogram.counts.any()
+    model = nn.Sequential(nn.ReLU(), Exit([nn.Linear(4, 3), nn.Linear(4, 3)], 0.0, "entropy"))
+    batches = [(torch.randn(5, 4), None)] * 2
+    histograms = statistics.histograms
+    with pytest.raises(Refused, match="no calibration example comes as far as 1.1/linear:0"):
+        histograms(model, batches, ["1.0/linear:0", "1.1/linear:0"])
+    model[1].threshold = 2.0
+    assert histograms(model, batches, ["1.1/linear:0"])["1.1/linear:0"].counts.sum() == 30

@@ -348,3 +348,73 @@ def test_a_weight_tied_into_a_module_that_went_is_still_cut():
     surgery.take(model, "0.weight", 0, [3, 1])
     assert model[2].weight is model[0].weight
     assert model[2].out_features == 2
+
+
+def halves(name):
+    """A network whose last parts have moved to the place of the first of them."""
+    model, example = NETWORKS[name]()
+    parts = [model[k] for k in range(4, len(model))]
+    surgery.gather(model, "4", nn.Sequential(nn.Identity(), nn.Sequential(*parts)))
+    return model, example
+
+
+@pytest.mark.parametrize("name", ["plain_cnn", "residual_cnn"])
+def test_modules_of_any_class_move_into_a_composition_and_replay(name):
+    model, example = halves(name)
+    whole = NETWORKS[name]()[0]
+    assert torch.equal(output(model, example), output(whole, example))
+    assert [type(model[k]) for k in range(5, len(model))] == [nn.Identity] * (len(model) - 5)
+    assert type(model[4][1][0]) is type(whole[4])
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in whole.parameters())
+    fresh = NETWORKS[name]()[0]
+    surgery.replay(fresh, json.loads(json.dumps(surgery.structure(model))))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(output(fresh, example), output(whole, example))
+    assert ledger(fresh).spec() == ledger(model).spec()
+
+
+def test_what_was_written_of_moved_calls_moves_with_them():
+    model, example = NETWORKS["padded_residual_cnn"]()
+    for group in find_groups(model, example):
+        if not group.fixed:
+            cut(model, group, np.arange(group.units) % 2 == 0)
+    surgery.set_grids(
+        model, {"3.conv1/conv2d:0": Grid(0.1, 3, 0, 255), "input:0": Grid(1, 0, 0, 9)}
+    )
+    want, known = output(model, example), list(ledger(model).constants)
+    assert any(site.startswith("4/") for site in known)
+    surgery.gather(model, "3", nn.Sequential(nn.Identity(), model[3], nn.Sequential(model[4])))
+    book = ledger(model)
+    assert list(book.grids) == ["3.1.conv1/conv2d:0", "input:0"]
+    assert list(book.constants) == [site.replace("4/", "3.2.0/") for site in known]
+    assert torch.equal(output(model, example), want)
+    fresh = NETWORKS["padded_residual_cnn"]()[0]
+    surgery.replay(fresh, surgery.structure(model))
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(output(fresh, example), want)
+
+
+def test_a_gathered_module_takes_the_mode_of_the_place():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
+    surgery.gather(model, "0", nn.Sequential(nn.BatchNorm1d(4), model[0], model[1]))
+    assert not any(module.training for module in model[0].modules())
+
+
+def test_what_moves_must_stand_in_one_place_outside_of_its_new_one():
+    one = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), one, one)
+    with pytest.raises(ValueError, match="'0' would move into itself"):
+        surgery.gather(model, "0.0", nn.Sequential(model[0]))
+    with pytest.raises(ValueError, match="'0' would move into itself"):
+        surgery.gather(model, "", nn.Sequential(model[0]))
+    with pytest.raises(ValueError, match="'1' stands in several places"):
+        surgery.gather(model, "0", nn.Sequential(model[1]))
+    twice = placeable.describe(nn.Sequential(nn.ReLU(), nn.ReLU()))
+    twice["children"] = [{"type": "Moved", "path": "0"}] * 2
+    with pytest.raises(Damaged, match="'0' stands in several places"):
+        surgery.replay(model, Ledger([Edit("gather", "0", twice)]).spec())
+    for path in ("", "9"):
+        spec = {"type": "Sequential", "children": [{"type": "Moved", "path": path}]}
+        with pytest.raises(Damaged, match="it places a 'Moved'"):
+            surgery.replay(model, Ledger([Edit("gather", "0", spec)]).spec())
+    assert not ledger(model).edits

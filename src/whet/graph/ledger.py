@@ -56,8 +56,9 @@ class Edit:
     """One change of the structure, replayable.
 
     Args:
-        kind: "take" (keep slices of a tensor), "replace" (put another module there) or "plain"
-            (weights that were computed from others become ordinary ones).
+        kind: "take" (keep slices of a tensor), "replace" (put another module there), "gather" (put
+            one there that holds modules of the network) or "plain" (weights that were computed from
+            others become ordinary ones).
         path: the tensor's or module's full name.
         arguments: what the kind needs, as JSON.
     """

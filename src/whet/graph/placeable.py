@@ -1,15 +1,17 @@
 """The modules that surgery may put in place: each is described as JSON and built again from it.
 
-Beside torch's layers there are seven of our own, from which the rest is composed: what is left of a
+Beside torch's layers there are eight of our own, from which the rest is composed: what is left of a
 dropped block, branches that are summed, branches that are concatenated, channels in another order,
-two dimensions that change places, a bias, and a table as a train of tables. A file that describes
-any other module is refused.
+two dimensions that change places, a bias, a table as a train of tables, and an exit. A file that
+describes any other module is refused. Modules of the user's own, of any class, may move into a
+composition.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from torch.nn.utils import parametrize
 
 from whet.errors import Damaged, nearest
 from whet.graph.attention import Attention
+from whet.graph.exits import Exit
 from whet.graph.tensortrain import TrainTable
 
 
@@ -87,7 +90,7 @@ class Bias(nn.Module):
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-COMPOSED = (nn.Sequential, Sum, Concat)
+COMPOSED = (nn.Sequential, Sum, Concat, Exit)
 WINDOW = ("kernel_size", "stride", "padding")
 SLIDING = (*WINDOW, "dilation", "groups", "padding_mode")
 TRAIN = ("rows", "widths", "ranks", "width")
@@ -112,6 +115,8 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     Bias: ("size",),
     TrainTable: TRAIN,
 }
+MOVED = "Moved"  # a module that stands in the network already
+NOTHING: Mapping[Any, Any] = MappingProxyType({})
 KINDS = {kind.__name__: kind for kind in (nn.Linear, Attention, *COMPOSED, *ARGUMENTS)}
 TABLES = ("num_features", "num_embeddings", "size")
 
@@ -121,18 +126,27 @@ def plain(module: nn.Module) -> bool:
     return parametrize.type_before_parametrizations(module) in (nn.Linear, *CONVOLUTIONS)
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
+def describe(module: nn.Module, held: Mapping[nn.Module, str] = NOTHING) -> dict[str, Any]:
     """One of the modules that surgery may put in place, as JSON without its weights.
+
+    Args:
+        module: it, or a composition of such.
+        held: modules that stand in the network already, of any class, with their paths.
 
     Raises:
         TypeError: it is not one of them.
     """
+    if module in held:
+        return {"type": MOVED, "path": held[module]}
     kind: Any = parametrize.type_before_parametrizations(module)
     spec: dict[str, Any] = {"type": kind.__name__}
     if KINDS.get(kind.__name__) is not kind:
         raise TypeError(f"surgery does not place modules of type {kind.__name__}")
+    if isinstance(module, Exit):
+        spec |= {"threshold": module.threshold, "by": module.by}
     if kind in COMPOSED:
-        return spec | {"children": [describe(child) for child in module.children()]}
+        children: Any = module._modules.values()  # one that stands there twice is described twice
+        return spec | {"children": [describe(child, held) for child in children]}
     if isinstance(module, nn.Linear):
         spec |= {"in": module.in_features, "out": module.out_features}
         return spec | {"bias": module.bias is not None}
@@ -155,19 +169,28 @@ def describe(module: nn.Module) -> dict[str, Any]:
     return spec | {k: list(v) if isinstance(v, tuple) else v for k, v in own.items()}
 
 
-def construct(spec: Mapping[str, Any]) -> nn.Module:
+def construct(spec: Mapping[str, Any], held: Mapping[str, nn.Module] = NOTHING) -> nn.Module:
     """Build the module that `describe` described.
+
+    Args:
+        spec: its description.
+        held: the modules of the network that it may hold, by path.
 
     Raises:
         Damaged: the description is not one that `describe` writes.
     """
+    if spec.get("type") == MOVED and spec["path"] in held:
+        return held[spec["path"]]
     kind: Any = KINDS.get(str(spec.get("type")))
     if kind is None:
         found = spec.get("type")
         raise Damaged("replay an edit", f"it places a {found!r}", nearest(str(found), KINDS))
     if kind in COMPOSED:
-        children: Any = [construct(child) for child in spec["children"]]
-        return nn.Sequential(*children) if kind is nn.Sequential else kind(children)
+        children: Any = [construct(child, held) for child in spec["children"]]
+        if kind is nn.Sequential:
+            return nn.Sequential(*children)
+        knobs: Any = (float(spec["threshold"]), spec["by"]) if kind is Exit else ()
+        return kind(children, *knobs)
     options: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "type"
     }

@@ -54,6 +54,7 @@ UNSAFE = re.compile(
     r"|.*miopen.*|quantized_.*|.*_file|.*backward.*|pin_memory)$"
 )
 INPUT = ["input"]
+SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)  # numbers that depend on the data
 MOST_NODES = 200_000
 DEEPEST = 8
 DTYPES = {
@@ -86,10 +87,11 @@ def describe(program: ExportedProgram) -> tuple[dict[str, Any], dict[str, Tensor
     def read(*values: Any) -> list[Any]:
         return [_plain(value, places, len(nodes)) for value in values]
 
+    checks = _checks(program)
     for node in program.graph.nodes:
         if sources.get(node) == INPUT:  # all of them, in the order in which they are given
             write(node, INPUT)
-        elif node.op == "output" or (node.op == "call_function" and not _asserts(node)):
+        elif node.op == "output" or (node.op == "call_function" and node not in checks):
             kind = "" if node.op == "output" else _name(node.target)
             for weight in node.all_input_nodes:
                 if weight not in places:
@@ -128,10 +130,20 @@ def _sources(program: ExportedProgram) -> tuple[dict[Node, list[Any]], dict[str,
     return found, constants
 
 
-def _asserts(node: Node) -> bool:
-    """Whether a call only checks something that held when the network was traced."""
-    returns = node.target._schema.returns if isinstance(node.target, torch._ops.OpOverload) else "?"
-    return not node.users and not returns
+def _checks(program: ExportedProgram) -> set[Node]:
+    """The calls that only check something that held when the network was traced.
+
+    They give nothing, or numbers that only such calls read.
+    """
+    found: set[Node] = set()
+    for node in reversed(program.graph.nodes):
+        if node.op != "call_function" or not found.issuperset(node.users):
+            continue
+        overload = isinstance(node.target, torch._ops.OpOverload)
+        mute = overload and not node.target._schema.returns  # type: ignore[union-attr]
+        if mute or (node.users and isinstance(node.meta.get("val"), SYMBOLS)):
+            found.add(node)
+    return found
 
 
 def _name(target: Any) -> str:

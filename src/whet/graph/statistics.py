@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from whet import numerics
-from whet.errors import BadInput
+from whet.errors import BadInput, Refused
 from whet.graph import sites
 from whet.task import Batches, as_arguments, evaluating, limited
 
@@ -34,11 +34,13 @@ class Histogram:
     counts: Tensor = field(default_factory=lambda: torch.zeros(BINS, dtype=torch.float64))
 
     def add(self, x: Tensor) -> None:
-        """Count the values of `x`.
+        """Count the values of `x`, if there are any.
 
         Raises:
             BadInput: one is NaN or infinite.
         """
+        if not x.numel():  # all rows left before
+            return
         x = x.detach().float().reshape(-1)
         low, high = (float(v) for v in torch.aminmax(x))
         if not math.isfinite(low) or not math.isfinite(high):
@@ -158,7 +160,11 @@ def sweep(
 def histograms(
     model: nn.Module, batches: Batches, wanted: Collection[str], examples: int | None = None
 ) -> dict[str, Histogram]:
-    """A histogram of the values made at each of the `wanted` sites."""
+    """A histogram of the values made at each of the `wanted` sites.
+
+    Raises:
+        Refused: none was made at one of them.
+    """
     found = {site: Histogram() for site in wanted}
 
     def show(site: str, op: str, args: tuple[object, ...], out: object) -> None:
@@ -166,6 +172,13 @@ def histograms(
             found[site].add(out)
 
     sweep(model, batches, show, examples)
+    for site, histogram in found.items():
+        if histogram.average is None:
+            raise Refused(
+                "take the range of activations",
+                f"no calibration example comes as far as {site}",
+                "Give harder or more examples, or put the step before the one that adds exits.",
+            )
     return found
 
 

@@ -1,13 +1,14 @@
 """Structural edits: each is done on the network and written to its ledger, so that it replays.
 
-Only two kinds exist: "take" keeps slices of a parameter or buffer (packed or not) and corrects
-the attributes of its module; "replace" puts one of a few known modules in a module's place.
+"take" keeps slices of a parameter or buffer (packed or not) and corrects the attributes of its
+module; "replace" puts one of a few known modules in a module's place; "gather" does so with one
+that holds modules of the network, which move there.
 Constants of calls (a pad that feeds a residual add) are corrected at their call site.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -164,6 +165,54 @@ def replace(model: nn.Module, path: str, module: nn.Module) -> None:
     ledger(model).edits.append(Edit("replace", path, spec))
 
 
+def gather(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where the one at `path` is; what it holds of the network moves along with it.
+
+    Where these stood, an identity is left. Grids and constants of their calls follow them.
+
+    Args:
+        model: the network.
+        path: of a module that stands in one place; the network itself is none.
+        module: a composition, of modules that surgery may place and of modules of the network.
+
+    Raises:
+        ValueError: it would hold itself, or what it takes stands in several places.
+    """
+    before = dict(model.named_modules())
+    spec = placeable.describe(module, {each: name for name, each in before.items() if name})
+    moves = list(_moves(spec, path))
+    for old, _ in moves:
+        if not path or path.startswith(f"{old}."):
+            raise ValueError(f"{old!r} would move into itself")
+        if sum(each == old for each, _ in moves) + len(_names(model, old)) > 2:
+            raise ValueError(f"{old!r} stands in several places")
+    module.train(before[path].training)
+    for name, each in [*((old, nn.Identity()) for old, _ in moves), (path, module)]:
+        parent, leaf = split_name(name)
+        before[parent]._modules[leaf] = each
+    book = ledger(model)
+    book.shared = None
+    book.grids = {_moved(site, moves): grid for site, grid in book.grids.items()}
+    book.constants = {_moved(site, moves): each for site, each in book.constants.items()}
+    book.edits.append(Edit("gather", path, spec))
+
+
+def _moves(spec: Mapping[str, Any], at: str) -> Iterator[tuple[str, str]]:
+    """(where it stood, where it stands now) for every module that moves into a composition."""
+    if spec["type"] == placeable.MOVED:
+        yield spec["path"], at
+    for k, child in enumerate(spec.get("children", ())):
+        yield from _moves(child, f"{at}.{k}")
+
+
+def _moved(site: str, moves: list[tuple[str, str]]) -> str:
+    """The name of a call whose module may have moved."""
+    for old, new in moves:
+        if site.startswith((f"{old}/", f"{old}.")):
+            return new + site[len(old) :]
+    return site
+
+
 def unfold_attention(model: nn.Module) -> list[str]:
     """Give every MultiheadAttention layers of its own, so that its heads can be cut.
 
@@ -244,11 +293,15 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
             elif edit["kind"] == "plain":
                 _settle(model.get_submodule(edit["path"]))
                 ledger(model).edits.append(Edit("plain", edit["path"], {}))
-            elif edit["kind"] == "replace":
+            elif edit["kind"] in ("replace", "gather"):
                 room -= placeable.elements(edit["arguments"])
                 if room < 0:
                     raise ValueError("its edits place far more weights than the network has")
-                replace(model, edit["path"], placeable.construct(edit["arguments"]))
+                if edit["kind"] == "replace":
+                    replace(model, edit["path"], placeable.construct(edit["arguments"]))
+                else:
+                    held = {name: each for name, each in model.named_modules() if name}
+                    gather(model, edit["path"], placeable.construct(edit["arguments"], held))
             else:
                 raise KeyError(edit["kind"])
         except MISFITS as error:
