@@ -514,7 +514,7 @@ class _Run:
         data = self._encode(model)
         with torch.no_grad():
             # torch may take a fused kernel for a module that its graph does not name
-            graph = trace.export(trace.baked(model)[0], self.task.example).module()
+            graph = trace.exported_module(model, self.task.example)
             for into, net in ((copy.deepcopy(self.task.model), model.eval()), (None, graph)):
                 want = list(tensors_in(net(*self.task.example)))
                 got = list(tensors_in(artifact.decode(data, into)(*self.task.example)))

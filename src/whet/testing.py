@@ -306,6 +306,24 @@ def rnn() -> Network:
     return _seeded(_Recurrent, seed=8), (example,)
 
 
+class _Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.out = nn.GRU(5, 16, batch_first=True), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        valid = (x != 0).any(2, keepdim=True).to(x)
+        steps, _ = self.gru(x)
+        return self.out((steps * valid).sum(1) / valid.sum(1))
+
+
+def padded_rnn() -> Network:
+    """A GRU over sequences with zeros behind them, whose outputs there are not looked at."""
+    example = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(1))
+    example[1, 3:] = 0
+    return _seeded(_Padded, seed=12), (example,)
+
+
 class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -373,7 +391,7 @@ NETWORKS: Mapping[str, Callable[[], Network]] = {
 }
 # networks that show one habit, which few techniques look for
 SPECIAL: Mapping[str, Callable[[], Network]] = {
-    make.__name__: make for make in (linear_cnn, dense_cnn)
+    make.__name__: make for make in (linear_cnn, dense_cnn, padded_rnn)
 }
 
 
@@ -421,6 +439,22 @@ def dense_batches(example: Tensor, count: int, seed: int, size: int = 16) -> lis
     return found
 
 
+def padded_batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batch]:
+    """The same with zeros behind sequences of at least two steps.
+
+    Args: as those of `batches`.
+    """
+    chance, steps = torch.Generator().manual_seed(seed), example.shape[1]
+    found = batches(example, count, seed, size)
+    for x, _ in found:
+        lengths = torch.randint(2, steps + 1, (size, 1, 1), generator=chance)
+        x *= torch.arange(steps)[:, None] < lengths
+    return found
+
+
+DEALS = {dense_cnn.__name__: dense_batches, padded_rnn.__name__: padded_batches}
+
+
 @torch.no_grad()
 def shaken(model: nn.Module, seed: int) -> nn.Module:
     """w (1 + e / 10), e ~ N(0, 1), of every weight, in place, as after another fine-tuning."""
@@ -438,8 +472,9 @@ def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = Non
         example: the inputs of a network of your own; one 3x8x8 image by default.
     """
     siblings: tuple[nn.Module, ...] = ()
-    deal = dense_batches if network == dense_cnn.__name__ else batches
+    deal = batches
     if isinstance(network, str):
+        deal = DEALS.get(network, batches)
         make = NETWORKS.get(network) or SPECIAL[network]
         siblings = (shaken(make()[0], seed=20),)
         network, example = make()

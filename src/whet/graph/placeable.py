@@ -1,10 +1,10 @@
 """The modules that surgery may put in place: each is described as JSON and built again from it.
 
-Beside torch's layers there are eight of our own, from which the rest is composed: what is left of a
+Beside torch's layers there are nine of our own, from which the rest is composed: what is left of a
 dropped block, branches that are summed, branches that are concatenated, channels in another order,
-two dimensions that change places, a bias, a table as a train of tables, and an exit. A file that
-describes any other module is refused. Modules of the user's own, of any class, may move into a
-composition.
+two dimensions that change places, a bias, a table as a train of tables, an exit, and a recurrent
+layer that stops where each sequence ends. A file that describes any other module is refused. Modules
+of the user's own, of any class, may move into a composition.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from whet.errors import Damaged, nearest
 from whet.graph.attention import Attention
 from whet.graph.exits import Exit
+from whet.graph.ragged import Ragged
 from whet.graph.tensortrain import TrainTable
 
 
@@ -91,9 +92,11 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 COMPOSED = (nn.Sequential, Sum, Concat, Exit)
+RECURRENT = (nn.GRU, nn.LSTM)
 WINDOW = ("kernel_size", "stride", "padding")
 SLIDING = (*WINDOW, "dilation", "groups", "padding_mode")
 TRAIN = ("rows", "widths", "ranks", "width")
+STATE = ("input_size", "hidden_size", "num_layers")
 # the arguments a module is built with, as its attributes are called
 ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     **dict.fromkeys(CONVOLUTIONS, SLIDING),
@@ -114,11 +117,12 @@ ARGUMENTS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Embedding: ("num_embeddings", "embedding_dim"),
     Bias: ("size",),
     TrainTable: TRAIN,
+    **dict.fromkeys(RECURRENT, (*STATE, "bias", "batch_first", "dropout", "bidirectional")),
 }
 MOVED = "Moved"  # a module that stands in the network already
 NOTHING: Mapping[Any, Any] = MappingProxyType({})
-KINDS = {kind.__name__: kind for kind in (nn.Linear, Attention, *COMPOSED, *ARGUMENTS)}
-TABLES = ("num_features", "num_embeddings", "size")
+KINDS = {kind.__name__: kind for kind in (nn.Linear, Attention, Ragged, *COMPOSED, *ARGUMENTS)}
+TABLES = ("num_features", "num_embeddings", "size", *STATE)
 
 
 def plain(module: nn.Module) -> bool:
@@ -147,6 +151,8 @@ def describe(module: nn.Module, held: Mapping[nn.Module, str] = NOTHING) -> dict
     if kind in COMPOSED:
         children: Any = module._modules.values()  # one that stands there twice is described twice
         return spec | {"children": [describe(child, held) for child in children]}
+    if isinstance(module, Ragged):
+        return spec | {"children": [describe(module.layer)], "within": module.within}
     if isinstance(module, nn.Linear):
         spec |= {"in": module.in_features, "out": module.out_features}
         return spec | {"bias": module.bias is not None}
@@ -191,6 +197,11 @@ def construct(spec: Mapping[str, Any], held: Mapping[str, nn.Module] = NOTHING) 
             return nn.Sequential(*children)
         knobs: Any = (float(spec["threshold"]), spec["by"]) if kind is Exit else ()
         return kind(children, *knobs)
+    if kind is Ragged:
+        (inside,) = spec["children"]
+        if inside["type"] not in {each.__name__ for each in RECURRENT}:
+            raise Damaged("replay an edit", f"a Ragged {inside['type']}", "Do not trust the file.")
+        return Ragged(construct(inside), float(spec["within"]))  # type: ignore[arg-type]
     options: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in spec.items() if k != "type"
     }
@@ -222,6 +233,11 @@ def elements(spec: Mapping[str, Any]) -> int:
         ranks = [1, *map(int, spec["ranks"]), 1]
         sizes = zip(spec["rows"], spec["widths"], ranks, ranks[1:], strict=False)
         return sum(math.prod(map(int, each)) for each in sizes)
+    if "hidden_size" in spec:
+        read, hidden, layers = (int(spec[name]) for name in STATE)
+        ways = 2 if spec["bidirectional"] else 1
+        above = (layers - 1) * (ways * hidden + hidden + 2)
+        return 4 * hidden * ways * (read + hidden + 2 + above)
     edges = 1
     if "in" in spec:
         edges = math.prod(int(edge) for edge in spec.get("kernel_size", ()))

@@ -265,6 +265,11 @@ def recorded() -> Iterator[dict[str, Recorded]]:
         del _running.__dict__["calls"]
 
 
+def recording() -> bool:
+    """Whether calls are recorded now."""
+    return "calls" in _running.__dict__
+
+
 @contextmanager
 def _on(mode: SiteMode) -> Iterator[None]:
     modes = _running.__dict__.setdefault("modes", [])

@@ -60,6 +60,18 @@ def export(model: nn.Module, example: tuple[Any, ...]) -> ExportedProgram:
             ) from error
 
 
+def exported_module(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
+    """What `torch.export` makes of `model` in eval mode, to be called.
+
+    Weights without a form train, as those of a stored graph do: torch chooses kernels by that.
+    """
+    twin, forms = baked(model)
+    found = export(twin, example).module()
+    for name, weight in found.named_parameters():
+        weight.requires_grad_(name not in forms and weight.is_floating_point())
+    return found
+
+
 def module_path(node: Node) -> str:
     """The path of the module whose forward made this call."""
     stack = node.meta.get("nn_module_stack") or {}

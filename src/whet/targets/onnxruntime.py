@@ -14,6 +14,7 @@ import numpy as np
 from onnx import NodeProto, helper
 
 from whet.optional import require
+from whet.targets.lengths import stop_early
 from whet.targets.onnxgraph import OnnxGraph, facts
 from whet.targets.target import Target
 
@@ -192,8 +193,10 @@ class OnnxRuntime(Target):
         "zeros": "no kernel: unstructured and N:M sparsity save bytes, not time",
         "channels": "multiples of 8 or 16; fewer channels below that are not faster",
         "depth": "time falls with the number of layers",
+        "sequences": "recurrent layers stop at the end of each sequence, up to 16 in a batch; "
+        "above that the longest of some counts for all of these",
     }
-    rules = (join_slices, pads_on_codes, channels_by_fours)
+    rules = (join_slices, pads_on_codes, channels_by_fours, stop_early)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads)
