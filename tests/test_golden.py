@@ -28,6 +28,7 @@ FRESH = {
     "forms": lambda: Row(6, 8),
     "entropy": lambda: Row(1, 40),
     "contexts": lambda: Row(1, 40),
+    "hashed": lambda: Row(1, 40),
     "plain_weights": Normed,
 }
 

@@ -379,7 +379,7 @@ def test_damaged_parts_are_told():
     for wrong in ({"form": "Afine"}, spec | {"form": "Afine"}, {}):
         with pytest.raises(
             Damaged,
-            match=r"the form .* is none of Dense, Affine, Grouped, Lookup, LowRank, Sparse. The",
+            match=r"the form .* is none of Dense, Affine, Grouped, Hashed, Lookup, LowRank, Sparse",
         ):
             packed.restore(wrong, parts, shape)
 
@@ -583,5 +583,5 @@ def test_factors_that_do_not_make_the_weight_are_damage():
 def test_values_of_a_product_are_not_rewritten():
     layer = nn.Linear(10, 6)
     packed.install(layer, "weight", build("LowRank", (6, 10)))
-    with pytest.raises(Refused, match=r"a product of two factors. Put this step in front"):
+    with pytest.raises(Refused, match=r"the product of two factors. Put this step in front"):
         packed.rewrite(layer, "weight", Dense)

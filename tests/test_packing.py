@@ -2,6 +2,7 @@
 
 import math
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from whet import artifact, container, packing
 from whet.codecs import raw
-from whet.codecs.choice import thorough
+from whet.codecs.choice import smallest, thorough
 from whet.container import Opened
 from whet.demo import ResNet
 from whet.errors import BadInput, Damaged
@@ -173,3 +174,50 @@ def test_the_bytes_of_a_file_add_up(tmp_path: Path):
         assert [row["name"] for row in found["tensors"]] == list(Opened(data).entries)
         raws = {row["name"]: row["raw"] for row in found["tensors"]}
         assert raws == {n: t.numel() * t.element_size() for n, t in state.items()} or not state
+
+
+def coded_in_a_pool(values: np.ndarray, width: int) -> tuple[str, bytes]:
+    """The fast codec, or an error for a tensor of ones."""
+    if values.size and bool((values == 1).all()):
+        raise ValueError("ones are not coded")
+    return smallest(values, width)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_bytes_and_tensors_are_the_same_whatever_the_number_of_workers(workers: int):
+    tensors = [(name, t, 8 * t.element_size()) for name, t in every_kind().items()]
+    tensors += [(f"more {k}", torch.randn(300 + k), 32) for k in range(30)]
+    want = container.encode({}, tensors, smallest)
+    with ThreadPoolExecutor(workers) as pool:
+        data = container.encode({}, tensors, smallest, pool)
+        found = list(Opened(data).tensors(pool))
+    assert data == want
+    assert [name for name, _ in found] == [name for name, *_ in tensors]
+    for (_, tensor), (_, given, _) in zip(found, tensors, strict=True):
+        assert bits(tensor) == bits(given)
+
+
+def test_few_tensors_wait_in_a_pool_and_an_error_ends_it():
+    asked: list[int] = []
+
+    def tensors():
+        for k in range(40):
+            asked.append(k)
+            yield f"t{k}", torch.full((10,), 1 if k == 3 else 2), 64
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(ValueError, match="ones are not coded"):
+        container.encode({}, tensors(), coded_in_a_pool, pool)
+    assert len(asked) == 3 + container.AHEAD + 1
+
+
+@pytest.mark.parametrize("codec", [smallest, thorough])
+def test_a_file_is_the_same_whatever_the_number_of_workers(codec: container.Codec, tmp_path: Path):
+    chance = torch.Generator().manual_seed(0)
+    tensors = {f"t{k}": torch.randn(70, generator=chance) for k in range(12)}
+    tensors["codes"] = (torch.randn(8, 9, generator=chance) * 3 + 8).round().to(torch.uint8)
+    save_file(tensors, tmp_path / "a.safetensors")
+    files = []
+    for workers in (1, 2):
+        packing.pack(tmp_path / "a.safetensors", tmp_path / f"{workers}.whet", codec, workers)
+        files.append((tmp_path / f"{workers}.whet").read_bytes())
+    assert files[0] == files[1]

@@ -444,6 +444,9 @@ def pack(
             "--smallest", help="Try a slow codec too: some 10,000 to 50,000 weights a second."
         ),
     ] = False,
+    workers: Annotated[
+        int, typer.Option("--workers", min=1, help="Tensors that are coded at the same time.")
+    ] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
 ) -> None:
     """Make a file of weights smaller without loss; a model.whet is coded anew.
@@ -452,7 +455,7 @@ def pack(
     `whet pack out/model.whet -o small.whet --smallest`
     """
     _free(output, force)
-    packing.pack(file, output, thorough if smallest else fast)
+    packing.pack(file, output, thorough if smallest else fast, workers)
     before, after = file.stat().st_size, output.stat().st_size
     out.print(f"{before:,} bytes became {after:,}, {after / before:.3f}x", highlight=False)
 

@@ -26,7 +26,9 @@ import os
 import struct
 import tempfile
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor
 
 from whet.codecs import raw
-from whet.codecs.choice import CODECS, smallest
+from whet.codecs.choice import CODECS, decoded, smallest
 from whet.codecs.words import WORDS
 from whet.errors import BadInput, Damaged
 
@@ -49,6 +51,7 @@ MOST_TENSORS = 1_000_000
 MOST_DIMENSIONS, MOST_VALUES = 16, 2**48
 IN_MEMORY = 2**24  # bytes that wait in memory, not on disk
 SMALL = 4096  # bytes of a tensor that may share a section
+AHEAD = 8  # tensors that wait in a pool
 # types that NumPy lacks, and those of the same width that hold their bits
 SAME_BITS = {"bfloat16": "uint16", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}
 
@@ -96,10 +99,11 @@ def encode(
     description: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor, int]],
     codec: Codec = smallest,
+    pool: Executor | None = None,
 ) -> bytes:
     """The bytes of `write`."""
     file = io.BytesIO()
-    write(file, description, tensors, codec)
+    write(file, description, tensors, codec, pool)
     return file.getvalue()
 
 
@@ -108,25 +112,27 @@ def write(
     description: Mapping[str, Any],
     tensors: Iterable[tuple[str, Tensor, int]],
     codec: Codec = smallest,
+    pool: Executor | None = None,
 ) -> None:
     """Write `tensors`, as (name, tensor, bits per value), and what is to be said of them.
 
     Args:
-        file: open for writing; tensors are taken one by one, and no more than one is in memory.
+        file: open for writing; tensors are taken one by one, and no more than one is in memory,
+            or AHEAD and one with a pool.
         description: JSON; the keys "tensors" and "rest" are the file's own.
         tensors: integers of fewer bits than their type lie in 0 .. 2^bits - 1.
         codec: how an array is written.
+        pool: threads or processes that code; the bytes are the same whatever their number.
 
     Raises:
         BadInput: a tensor is of a type that cannot be stored.
     """
+    arrays = ((name, *_array(name, tensor), bits) for name, tensor, bits in tensors)
+    jobs = (([n, dtype, list(a.shape), bits], (a, bits)) for n, a, dtype, bits in arrays)
     listed: list[list[Any]] = []
     rest: list[bytes] = []
     with tempfile.SpooledTemporaryFile(max_size=IN_MEMORY) as sections:
-        for name, tensor, bits in tensors:
-            array, dtype = _array(name, tensor)
-            kind, blob = codec(array, bits)
-            entry = [name, dtype, list(array.shape), bits]
+        for entry, (kind, blob) in in_turn(codec, jobs, pool):
             if kind == raw.NAME and len(blob) <= SMALL:
                 listed.append(entry)
                 rest.append(blob)
@@ -146,6 +152,34 @@ def write(
             checksum.update(piece)
             file.write(piece)
     file.write(checksum.digest())
+
+
+def in_turn(
+    function: Callable[..., Any], jobs: Iterable[tuple[Any, tuple[Any, ...]]], pool: Executor | None
+) -> Iterator[tuple[Any, Any]]:
+    """(label, what `function` makes of the arguments) of all jobs, as (label, arguments), in turn.
+
+    Args:
+        function: called here, or in the pool.
+        jobs: taken one by one; with a pool no more than AHEAD wait.
+        pool: where the calls are made.
+    """
+    if pool is None:
+        yield from ((label, function(*given)) for label, given in jobs)
+        return
+    waiting: deque[tuple[Any, Future[Any]]] = deque()
+    try:
+        for label, given in jobs:
+            waiting.append((label, pool.submit(function, *given)))
+            if len(waiting) > AHEAD:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:
+        for _, future in waiting:
+            future.cancel()
 
 
 def _array(name: str, tensor: Tensor) -> tuple[np.ndarray, str]:
@@ -266,19 +300,27 @@ class Opened:
         Raises:
             Damaged: its bytes are not what its codec writes for such values.
         """
-        entry = self.entries[name]
+        return _typed(self.entries[name], decoded(*self._job(self.entries[name])))
+
+    def tensors(self, pool: Executor | None = None) -> Iterator[tuple[str, Tensor]]:
+        """All tensors by name, one after the other; a pool decodes some ahead."""
+        jobs = ((entry, self._job(entry)) for entry in self.entries.values())
+        return ((e.name, _typed(e, found)) for e, found in in_turn(decoded, jobs, pool))
+
+    def _job(self, entry: Entry) -> tuple[str, Any, tuple[int, ...], str, int]:
+        """What `decoded` asks for."""
         if entry.codec:
-            blob: Any = self._section(entry.start, entry.length, f"the tensor {name!r}")
+            blob: Any = self._section(entry.start, entry.length, f"the tensor {entry.name!r}")
         else:
             blob = self._rest[entry.start : entry.start + entry.length]
         plain = SAME_BITS.get(entry.dtype, entry.dtype)
-        decode = CODECS[entry.codec or raw.NAME].decode
-        found = torch.from_numpy(decode(blob, tuple(entry.shape), plain, entry.bits))
-        return found.view(getattr(torch, entry.dtype)) if entry.dtype in SAME_BITS else found
+        return entry.codec or raw.NAME, blob, tuple(entry.shape), plain, entry.bits
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """All tensors by name, one after the other."""
-        return ((name, self.tensor(name)) for name in self.entries)
+
+def _typed(entry: Entry, array: np.ndarray) -> Tensor:
+    """The tensor of these values, in a type that NumPy may lack."""
+    found = torch.from_numpy(array)
+    return found.view(getattr(torch, entry.dtype)) if entry.dtype in SAME_BITS else found
 
 
 def _inflated(head: memoryview) -> dict[str, Any]:

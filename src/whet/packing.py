@@ -16,6 +16,8 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,7 +26,7 @@ import torch
 from torch import Tensor
 
 from whet import container
-from whet.codecs.choice import smallest
+from whet.codecs.choice import smallest, thorough
 from whet.container import Codec, Opened, whole
 from whet.errors import BadInput, Damaged
 
@@ -42,27 +44,28 @@ PARTS = {
 }  # fmt: skip
 
 
-def pack(source: Path, target: Path, codec: Codec = smallest) -> None:
+def pack(source: Path, target: Path, codec: Codec = smallest, workers: int = 1) -> None:
     """Write the tensors of `source` to `target`, losslessly; the file appears whole.
 
     Args:
         source: a .safetensors, a state_dict as torch.save writes it, or a file of whet's.
         target: the packed file.
         codec: how an array is written.
+        workers: that code at the same time; the bytes are the same whatever their number.
 
     Raises:
         BadInput: `source` is none of these, holds something else than tensors, or cannot be read.
         Damaged: it is a file of whet's that is not whole.
     """
     if source.suffix == ".whet":
-        with _opened(source) as opened, whole(target) as file:
+        with _opened(source) as opened, whole(target) as file, _pool(workers, codec) as pool:
             again = ((name, tensor, opened.entries[name].bits) for name, tensor in opened.tensors())
-            container.write(file, opened.description, again, codec)
+            container.write(file, opened.description, again, codec, pool)
         return
     kind, said, tensors = _read(source)
-    with whole(target) as file:
+    with whole(target) as file, _pool(workers, codec) as pool:
         each = ((name, tensor, 8 * tensor.element_size()) for name, tensor in tensors)
-        container.write(file, {"packed": kind, "metadata": said}, each, codec)
+        container.write(file, {"packed": kind, "metadata": said}, each, codec, pool)
 
 
 def unpack(source: Path, target: Path) -> None:
@@ -81,6 +84,15 @@ def unpack(source: Path, target: Path) -> None:
                 _write_safetensors(file, opened, said)
             else:
                 torch.save(dict(opened.tensors()), file)
+
+
+def _pool(workers: int, codec: Codec) -> contextlib.AbstractContextManager[Executor | None]:
+    """Threads, or processes for a codec that is Python alone; None for one worker."""
+    if workers == 1:
+        return contextlib.nullcontext()
+    if codec is thorough:
+        return ProcessPoolExecutor(workers, get_context("spawn"))
+    return ThreadPoolExecutor(workers)
 
 
 def _read(source: Path) -> tuple[str, dict[str, Any], Iterable[tuple[str, Tensor]]]:

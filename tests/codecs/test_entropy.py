@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from whet.codecs import choice, entropy, rans, raw
+from whet.codecs import entropy, rans
 from whet.errors import Damaged
 
 
@@ -168,13 +168,3 @@ def test_more_values_than_bytes_can_hold_are_told():
     data = entropy.encode(np.full(1000, 3, np.int32), 8)
     with pytest.raises(Damaged, match="cannot stand"):
         entropy.decode(data, (2**40,), "int32", 8)
-
-
-def test_the_smaller_codec_is_taken():
-    even = np.arange(4096, dtype=np.int32) % 256
-    assert choice.smallest(even, 8)[0] == raw.NAME
-    name, data = choice.smallest(gaussian(4096, 8), 8)
-    assert name == entropy.NAME
-    assert len(data) < 4096
-    assert choice.smallest(np.zeros(0, np.float32), 32) == (raw.NAME, b"")
-    assert choice.smallest(np.zeros(3, np.int32), 8)[0] == raw.NAME

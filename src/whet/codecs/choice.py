@@ -6,10 +6,10 @@ from types import MappingProxyType, ModuleType
 
 import numpy as np
 
-from whet.codecs import contexts, entropy, raw
+from whet.codecs import contexts, curves, entropy, planes, raw
 
 CODECS: MappingProxyType[str, ModuleType] = MappingProxyType(
-    {codec.NAME: codec for codec in (raw, entropy, contexts)}
+    {codec.NAME: codec for codec in (raw, entropy, contexts, curves, planes)}
 )
 FEW = 64  # values that no table pays for
 
@@ -20,24 +20,42 @@ def plain(values: np.ndarray, bits: int) -> tuple[str, bytes]:
 
 
 def smallest(values: np.ndarray, bits: int) -> tuple[str, bytes]:
-    """The name of the fast codec and what it wrote; `raw` where nothing is gained.
+    """The name of the fast codec for such values and what it wrote; `raw` where nothing is gained.
 
     Args:
         values: integers lie in 0 .. 2^bits-1 unless `bits` is their own width.
         bits: of a value.
     """
-    name, best = raw.NAME, raw.encode(values, bits)
     if values.size < FEW:
-        return name, best
-    coded = entropy.encode(values, bits)
+        return plain(values, bits)
+    codec = curves if bits <= curves.MOST_BITS else planes
+    coded = codec.encode(values, bits)
     fits = values.size <= entropy.VALUES_A_BYTE * len(coded)
-    return (entropy.NAME, coded) if fits and len(coded) < len(best) else (name, best)
+    if fits and len(coded) < raw.packed_size(values.size, bits):
+        return codec.NAME, coded
+    return plain(values, bits)
 
 
 def thorough(values: np.ndarray, bits: int) -> tuple[str, bytes]:
-    """`smallest`, with the slow codec among those that are tried."""
+    """`smallest`, with the slow codecs among those that are tried."""
     name, best = smallest(values, bits)
-    if bits > contexts.MOST_BITS or not FEW <= values.size <= contexts.MOST_VALUES:
+    if values.size < FEW:
         return name, best
-    coded = contexts.encode(values, bits)
-    return (contexts.NAME, coded) if coded and len(coded) < len(best) else (name, best)
+    coded = entropy.encode(values, bits)
+    if values.size <= entropy.VALUES_A_BYTE * len(coded) and len(coded) < len(best):
+        name, best = entropy.NAME, coded
+    if bits > contexts.MOST_BITS or values.size > contexts.MOST_VALUES:
+        return name, best
+    guessed = contexts.encode(values, bits)
+    return (contexts.NAME, guessed) if guessed and len(guessed) < len(best) else (name, best)
+
+
+def decoded(
+    codec: str, data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: int
+) -> np.ndarray:
+    """The values that the codec of this name wrote.
+
+    Raises:
+        Damaged: it writes other bytes for such values.
+    """
+    return CODECS[codec].decode(data, shape, dtype, bits)

@@ -12,6 +12,8 @@ Source: Duda 2013, Asymmetric numeral systems; Giesen 2014, Interleaved entropy 
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -43,58 +45,116 @@ def frequencies(counts: np.ndarray, k: int) -> np.ndarray:
 
 
 def encode(symbols: np.ndarray, f: np.ndarray, k: int, lanes: int) -> Coded:
-    """Write `symbols`, each with f > 0."""
+    """Write `symbols`, each with f > 0.
+
+    Args:
+        symbols: places in `f`, counted through all its rows.
+        f: [symbols], or [tables, symbols].
+        k: the f of each table add up to 2^k.
+        lanes: how many.
+    """
+    if lanes == 1:
+        return _encode_one(symbols, f, k)
     freq, first = _tables(f)
     x = np.full(lanes, LOW, np.uint32)
-    high, shift = np.uint32(32 - k), np.uint32(k)
-    chunks = []
-    rows = -(-len(symbols) // lanes)
-    for t in range(rows - 1, -1, -1):
-        s = symbols[t * lanes : (t + 1) * lanes]
+    high, shift, word = np.uint32(32 - k), np.uint32(k), np.uint32(WORD)
+    out, leaves = np.empty(len(symbols), np.uint16), np.empty(len(symbols), bool)
+    for start in range((len(symbols) - 1) // lanes * lanes, -1, -lanes):
+        s = symbols[start : start + lanes]
         mine, fs = x[: len(s)], freq[s]
         over = (mine >> high) >= fs
-        chunks.append(mine[over].astype(np.uint16))
-        mine = np.where(over, mine >> np.uint32(WORD), mine)
-        quotient = mine // fs
-        x[: len(s)] = (quotient << shift) + (mine - quotient * fs) + first[s]
-    words = np.concatenate(chunks[::-1]) if chunks else np.zeros(0, np.uint16)
-    return Coded(x, words)
+        out[start : start + lanes], leaves[start : start + lanes] = mine, over
+        quotient, rest = np.divmod(np.where(over, mine >> word, mine), fs)
+        x[: len(s)] = (quotient << shift) + rest + first[s]
+    return Coded(x, out[leaves])
 
 
-def decode(coded: Coded, f: np.ndarray, k: int, count: int) -> np.ndarray:
-    """Read `count` symbols.
+def decode(
+    coded: Coded, f: np.ndarray, k: int, count: int, which: np.ndarray | None = None
+) -> np.ndarray:
+    """Read `count` symbols, as places in their tables.
+
+    Args:
+        coded: what `encode` gave.
+        f: as it was there.
+        k: likewise.
+        count: how many.
+        which: the table of each symbol; None where there is one.
 
     Raises:
         Damaged: there are too few words, or some are left over.
     """
+    if len(coded.states) == 1:
+        return _decode_one(coded, f, k, count, which)
     freq, first = _tables(f)
-    symbol = np.repeat(np.arange(len(f), dtype=np.uint16), f)
-    of_slot = freq[symbol]
-    rest = np.arange(1 << k, dtype=np.uint32) - first[symbol]
+    place = np.repeat(np.arange(f.size), f.reshape(-1))
+    symbol = (place % f.shape[-1]).astype(np.uint16)
+    of_slot = freq[place]
+    rest = (np.arange(len(place), dtype=np.uint32) & np.uint32((1 << k) - 1)) - first[place]
+    table = None if which is None else which.astype(np.uint32) << np.uint32(k)
     x, words = coded.states.copy(), coded.words.astype(np.uint32)
     lanes, at = len(x), 0
-    out = np.empty(count, np.uint16)
-    mask, shift = np.uint32((1 << k) - 1), np.uint32(k)
+    slots = np.empty(count, np.uint32)
+    mask, shift, word = np.uint32((1 << k) - 1), np.uint32(k), np.uint32(WORD)
     for start in range(0, count, lanes):
-        size = min(lanes, count - start)
-        mine = x[:size]
+        mine = x[: count - start]
         slot = mine & mask
-        out[start : start + size] = symbol[slot]
+        if table is not None:
+            slot += table[start : start + lanes]
+        slots[start : start + lanes] = slot
         mine = of_slot[slot] * (mine >> shift) + rest[slot]
         under = np.flatnonzero(mine < LOW)
         if at + len(under) > len(words):
             raise damaged("its words end too early")
-        mine[under] = (mine[under] << np.uint32(WORD)) | words[at : at + len(under)]
+        mine[under] = (mine[under] << word) | words[at : at + len(under)]
         at += len(under)
-        x[:size] = mine
+        x[: count - start] = mine
     if at != len(words) or (x != LOW).any():
         raise damaged("its words do not end where its values do")
-    return out
+    return symbol[slots]
+
+
+def _encode_one(symbols: np.ndarray, f: np.ndarray, k: int) -> Coded:
+    """`encode` with one lane: Python's own numbers are faster than arrays of one."""
+    freq, first = (each.tolist() for each in _tables(f))
+    x, high, words = LOW, 32 - k, []
+    for s in reversed(symbols.tolist()):
+        fs = freq[s]
+        if x >> high >= fs:
+            words.append(x & 0xFFFF)
+            x >>= WORD
+        x = (x // fs << k) + first[s] + x % fs
+    return Coded(np.array([x], np.uint32), np.array(words[::-1], np.uint16))
+
+
+def _decode_one(
+    coded: Coded, f: np.ndarray, k: int, count: int, which: np.ndarray | None
+) -> np.ndarray:
+    """`decode` with one lane."""
+    tables = zip(*(each.reshape(-1, f.shape[-1]).tolist() for each in _tables(f)), strict=True)
+    tables, order = list(tables), repeat(0, count) if which is None else which.tolist()
+    words, mask, out = iter(coded.words.tolist()), (1 << k) - 1, []
+    x = int(coded.states[0])
+    try:
+        for row in order:
+            freq, first = tables[row]
+            slot = x & mask
+            s = bisect_right(first, slot) - 1  # symbols that do not occur lie before it
+            x = freq[s] * (x >> k) + slot - first[s]
+            if x < LOW:
+                x = x << WORD | next(words)
+            out.append(s)
+    except StopIteration as error:
+        raise damaged("its words end too early") from error
+    if x != LOW or next(words, None) is not None:
+        raise damaged("its words do not end where its values do")
+    return np.array(out, np.uint16)
 
 
 def _tables(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """f and c of each symbol."""
-    return f.astype(np.uint32), (np.cumsum(f) - f).astype(np.uint32)
+    """f and c of each symbol, through all tables."""
+    first = np.cumsum(f, axis=-1) - f
+    return f.reshape(-1).astype(np.uint32), first.reshape(-1).astype(np.uint32)
 
 
 def damaged(found: str) -> Damaged:

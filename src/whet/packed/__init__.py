@@ -1,17 +1,18 @@
 """Compressed weights: the forms, how they stand on a module, and how they are stored."""
 
 from whet.packed.forms import (
-    COMPRESSED,
     QUANTIZED,
     Affine,
     Dense,
     Grouped,
     Lookup,
     LowRank,
+    Made,
     Packed,
     Sparse,
     looked_up,
 )
+from whet.packed.hashed import Hashed
 from whet.packed.installed import (
     bake,
     exchange,
@@ -22,7 +23,7 @@ from whet.packed.installed import (
     rewrite,
     support_of,
 )
-from whet.packed.stored import from_state, restore, store
+from whet.packed.stored import COMPRESSED, from_state, restore, store
 
 __all__ = [
     "COMPRESSED",
@@ -30,8 +31,10 @@ __all__ = [
     "Affine",
     "Dense",
     "Grouped",
+    "Hashed",
     "Lookup",
     "LowRank",
+    "Made",
     "Packed",
     "Sparse",
     "bake",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -543,11 +543,56 @@ def looked_up(codes: Tensor, table: Tensor) -> Tensor:
     return table.gather(1, index)
 
 
-class LowRank(Packed):
+class Made(Packed):
+    """A leaf whose values are computed from fewer numbers; abstract.
+
+    These numbers train. No form stands above it, and no slice of it can be taken.
+
+    Class attributes:
+        made_of: how its values came about, in a sentence on a weight.
+    """
+
+    made_of: ClassVar[str]
+    gain: Tensor | None
+
+    def take(self, dim: int, index: Tensor) -> None:
+        raise Refused("cut a weight", f"it is {self.made_of}", CUT_FIRST)
+
+    def support(self) -> Tensor | None:
+        return None
+
+    def gained(self, factor: Tensor) -> Tensor:
+        """The factor of each output, with a further one: factor [out]."""
+        return factor if self.gain is None else self.gain * factor
+
+    def amplified(self, value: Tensor) -> Tensor:
+        """`value` [out, ...] times the factor of each output."""
+        return value if self.gain is None else value * numerics.along(self.gain, value.ndim, 0)
+
+    @staticmethod
+    def bounded(numbers: int, parts: Parts, shape: list[int]) -> None:
+        """Refuse a weight that so few numbers cannot be meant to stand for, or odd factors."""
+        if math.prod(shape) > FREE_VALUES + MOST_TIMES * numbers:
+            raise damaged(f"few numbers stand for a weight of {math.prod(shape)}")
+        if "gain" in parts and list(parts["gain"].shape) != shape[:1]:
+            raise damaged(f"{list(parts['gain'].shape)} factors stand for outputs of {shape}")
+
+    @classmethod
+    def values(
+        cls, spec: Mapping[str, Any], parts: Parts, shape: list[int], mask: Tensor | None
+    ) -> Tensor:
+        return torch.empty(0)  # the form holds its numbers itself
+
+
+# such a weight may have so many values, and so many for each of its numbers
+FREE_VALUES, MOST_TIMES = 2**20, 2048
+
+
+class LowRank(Made):
     """A leaf: a product of two thin factors, X [m', r] times W [r, n'], laid out as the weight.
 
     Both factors train. Where m' is the number of outputs it is a weight of rank r, otherwise the
-    product is read row by row and cut anew (DeepThin). No form stands above it.
+    product is read row by row and cut anew (DeepThin).
 
     Args:
         left: X.
@@ -556,7 +601,7 @@ class LowRank(Packed):
         gain: a factor for each output, as of a BatchNorm that was folded; None for ones.
     """
 
-    gain: Tensor | None
+    made_of: ClassVar[str] = "the product of two factors"
 
     def __init__(
         self, left: Tensor, right: Tensor, shape: Sequence[int], gain: Tensor | None = None
@@ -570,21 +615,13 @@ class LowRank(Packed):
         self.register_buffer("gain", gain)
 
     def dense(self) -> Tensor:
-        value = (self.left @ self.right).reshape(self.shape)
-        return value if self.gain is None else value * numerics.along(self.gain, value.ndim, 0)
-
-    def take(self, dim: int, index: Tensor) -> None:
-        raise Refused("cut a weight", "it is the product of two factors", CUT_FIRST)
+        return self.amplified((self.left @ self.right).reshape(self.shape))
 
     def scaled(self, factor: Tensor) -> Packed:
-        gain = factor if self.gain is None else self.gain * factor
-        return LowRank(self.left, self.right, self.shape, gain)
+        return LowRank(self.left, self.right, self.shape, self.gained(factor))
 
     def spec(self) -> dict[str, Any]:
         return {"form": "LowRank", "shape": list(self.shape)}
-
-    def support(self) -> Tensor | None:
-        return None
 
     def payload(self, support: Tensor | None) -> dict[str, tuple[Tensor, int]]:
         factors = {"left": self.left.detach(), "right": self.right.detach()}
@@ -597,16 +634,7 @@ class LowRank(Packed):
         fits = left.ndim == right.ndim == 2 and left.shape[1:] == right.shape[:1]
         if not fits or spec["shape"] != shape or len(left) * right.shape[1] != count:
             raise damaged(f"factors of {list(left.shape)} and {list(right.shape)} make {shape}")
-        if count > FREE_VALUES + MOST_TIMES * (left.numel() + right.numel()):
-            raise damaged(f"few numbers stand for a weight of {count}")
-        if "gain" in parts and list(parts["gain"].shape) != shape[:1]:
-            raise damaged(f"{list(parts['gain'].shape)} factors stand for outputs of {shape}")
-
-    @classmethod
-    def values(
-        cls, spec: Mapping[str, Any], parts: Parts, shape: list[int], mask: Tensor | None
-    ) -> Tensor:
-        return parts["left"].new_empty(0)  # the form holds its numbers itself
+        cls.bounded(left.numel() + right.numel(), parts, shape)
 
     @classmethod
     def built(cls, spec: Mapping[str, Any], parts: Parts, inner: Tensor | Packed) -> Packed:
@@ -615,9 +643,6 @@ class LowRank(Packed):
     def words(self) -> str:
         return f"rank {self.left.shape[1]} of {len(self.left)}x{self.right.shape[1]}"
 
-
-# a product may have so many values, and so many for each number of its factors
-FREE_VALUES, MOST_TIMES = 2**20, 2048
 
 QUANTIZED = frozenset({Affine, Grouped, Lookup})  # forms that replace every value by a code
 
@@ -670,6 +695,3 @@ class Sparse(Packed):
     def words(self) -> str:
         density = float(self.mask.float().mean()) if self.mask.numel() else 1.0
         return f"{density:.0%} dense, {self.inner.words()}"
-
-
-COMPRESSED = QUANTIZED | {Sparse, LowRank}  # what another weight in its place would lose

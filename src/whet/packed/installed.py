@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from whet.errors import BadInput, Refused
-from whet.packed.forms import Dense, LowRank, Packed
+from whet.packed.forms import Dense, Made, Packed
 
 
 def form_of(module: nn.Module, name: str = "weight") -> Packed | None:
@@ -83,14 +83,14 @@ def rewrite(module: nn.Module, name: str, pack: Callable[[Tensor], Packed]) -> N
     """Replace the dense leaf of `module.name` by `pack(its value)`; the tree above it stays.
 
     Raises:
-        Refused: the leaf is a product of factors.
+        Refused: the leaf is computed from fewer numbers.
     """
     form = form_of(module, name)
-    if isinstance(form, LowRank):
+    if isinstance(form, Made):
         raise Refused(
             f"change the values of a {type(form).__name__} weight",
-            "they are those of a product of two factors",
-            "Put this step in front of the one that makes factors.",
+            f"it is {form.made_of}",
+            "Put this step in front of the one that makes it so.",
         )
     if form is None or isinstance(form, Dense):
         install(module, name, pack(getattr(module, name).detach()))

@@ -14,16 +14,19 @@ from whet.packed.forms import (
     Grouped,
     Lookup,
     LowRank,
+    Made,
     Packed,
     Parts,
     Sparse,
     damaged,
 )
+from whet.packed.hashed import Hashed
 
 DEEPEST = 16
 FORMS: Mapping[str, type[Packed]] = {
-    form.__name__: form for form in (Dense, Affine, Grouped, Lookup, LowRank, Sparse)
+    form.__name__: form for form in (Dense, Affine, Grouped, Hashed, Lookup, LowRank, Sparse)
 }
+COMPRESSED = frozenset(FORMS.values()) - {Dense}  # what another weight in its place would lose
 
 
 def store(form: Packed) -> dict[str, tuple[Tensor, int]]:
@@ -82,7 +85,7 @@ def _levels(spec: Mapping[str, Any]) -> Iterator[tuple[type[Packed], Mapping[str
         if kind is None:
             raise damaged(f"the form {spec.get('form')!r} is none of {', '.join(FORMS)}")
         yield kind, spec
-        if kind in (Dense, LowRank):
+        if kind is Dense or issubclass(kind, Made):
             return
         spec = spec["inner"]
     raise damaged(f"a form is nested more than {DEEPEST} deep")

@@ -24,7 +24,7 @@ Scope = Literal["layer", "global", "isomorphic"]
 class ChannelTechnique(Technique):
     """A rung: one score for each unit of a coupled group in; the lowest are cut out everywhere."""
 
-    spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {packed.LowRank, surgery.Grid}
+    spoils: ClassVar[frozenset[type]] = packed.COMPRESSED - {packed.Sparse} | {surgery.Grid}
     tiny: ClassVar[dict[str, Any]] = {"multiple_of": 2}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"amount": (0.25, 0.5, 0.75)}
 

@@ -38,11 +38,11 @@ def weights(
 ) -> Iterator[tuple[str, nn.Module]]:
     """Every linear and convolutional layer, or layer of other kinds, with its path.
 
-    Those whose weight is a product of factors have no values of their own, and are left out.
+    Those whose weight is computed from fewer numbers have no values of their own, and are left out.
     """
     for path, module in model.named_modules():
         wanted = not only or skipped(path, only)
-        free = not isinstance(packed.form_of(module), packed.LowRank)
+        free = not isinstance(packed.form_of(module), packed.Made)
         if isinstance(module, kinds) and wanted and free and not skipped(path, skip):
             yield path, module
 
