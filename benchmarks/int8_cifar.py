@@ -57,8 +57,17 @@ class Reader(CalibrationDataReader):
         return next(self.rows, None)
 
 
-def onnxruntime_static(task: Task, original: Path, destination: Path) -> float:
-    """ONNX Runtime's quantize_static: U8 activations, S8 weights per channel, min-max."""
+def onnxruntime_static(
+    task: Task, original: Path, destination: Path, layers: bool = False
+) -> float:
+    """ONNX Runtime's quantize_static: U8 activations, S8 weights per channel, min-max.
+
+    Args:
+        task: its images.
+        original: the float file.
+        destination: of the quantized one.
+        layers: only products with weights are quantized, as is wise for transformers.
+    """
     began = time.perf_counter()
     name = onnx.load(original).graph.input[0].name
     prepared = destination.with_suffix(".prepared.onnx")
@@ -71,11 +80,13 @@ def onnxruntime_static(task: Task, original: Path, destination: Path) -> float:
         per_channel=True,
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"] if layers else None,
+        extra_options={"MatMulConstBOnly": True} if layers else None,
     )
     return time.perf_counter() - began
 
 
-def nncf_static(task: Task, original: Path, destination: Path) -> float:
+def nncf_static(task: Task, original: Path, destination: Path, transformer: bool = False) -> float:
     """NNCF's post-training quantization of the same ONNX file for OpenVINO, saved as IR."""
     nncf = importlib.import_module("nncf")  # the peer, in this benchmark's own environment
     openvino = importlib.import_module("openvino")
@@ -85,7 +96,8 @@ def nncf_static(task: Task, original: Path, destination: Path) -> float:
     )
     dataset = nncf.Dataset([image[None] for image in images], lambda image: image)
     model = openvino.Core().read_model(original)
-    quantized = nncf.quantize(model, dataset, subset_size=EXAMPLES)
+    kind = nncf.ModelType.TRANSFORMER if transformer else None
+    quantized = nncf.quantize(model, dataset, subset_size=EXAMPLES, model_type=kind)
     openvino.save_model(quantized, destination)
     return time.perf_counter() - began
 

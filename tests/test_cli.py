@@ -503,6 +503,10 @@ def test_inspect(run: Run, here: Path):
     assert said["totals"]["params"] == sum(row["params"] for row in said["layers"])
     assert said["batch"] == 2
     assert all(group.strip() for group in said["groups"])
+    worth = said["int8"]
+    assert worth["ratio"]["low"] <= worth["ratio"]["value"] <= worth["ratio"]["high"]
+    assert worth["layers"]["expected"] == 4
+    assert set(worth["slower"]) <= {"0", "3", "7", "9"}
 
 
 def test_pack_unpack_and_what_the_bytes_are(run: Run, here: Path, bad: Callable[..., None]):

@@ -401,6 +401,8 @@ def inspect_(
     out.print(
         f"{ms['median']:.3f} ms in {found['target']} at {threads} thread(s), batch {found['batch']}"
     )
+    if found["int8"] is not None:
+        out.print(escape(_worth(found["int8"])), highlight=False)
     names = {"channel groups": found["groups"], "droppable blocks": found["blocks"]}
     for what, each in names.items():
         out.print(escape(f"{len(each)} {what}: {', '.join(each) or 'none'}"), highlight=False)
@@ -409,6 +411,16 @@ def inspect_(
 
 
 app.registered_commands[-1].name = "inspect"
+
+
+def _worth(found: dict[str, Any]) -> str:
+    """What int8 would be worth, in words."""
+    ratio, layers, slower = found["ratio"], found["layers"], ", ".join(found["slower"][:5])
+    said = (
+        f"int8 would take {ratio['value']:.2f}x of it [{ratio['low']:.2f}, {ratio['high']:.2f}], "
+        f"{ratio['verdict']}; {layers['found']} of {layers['expected']} layers on integers"
+    )
+    return said + (f"; slower: {slower}" if slower else "")
 
 
 def _contents(file: Path, as_json: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,23 @@ import numpy as np
 import torch
 
 from whet import artifact, catalog
-from whet.errors import BadInput, Damaged
+from whet.errors import BadInput, Damaged, Refused
 from whet.graph import blocks, channels
 from whet.measure import cost, int8_codes, latency, quality
 from whet.measure.goals import Goals
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.target import Target
 from whet.task import Task, as_arguments, batch_size, limited
+from whet.technique import Work
 
 CODE_EXAMPLES = 64  # whose int8 codes are compared: integers are slow in numpy
 
 
 def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
-    """Layers with their costs and share of measured time, coupled channels, blocks; as JSON."""
+    """Layers with their costs and share of measured time, coupled channels, blocks; as JSON.
+
+    `int8` is what `int8_worth` says.
+    """
     model, example = copy.deepcopy(task.model).eval(), task.example
     inputs = as_arrays(example)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
@@ -33,6 +38,7 @@ def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
         variant = [latency.Variant("original", file)]
         timing = latency.time_together(target, variant, inputs, threads, rounds=10)["original"]
         times = latency.shares(target, net, file, inputs, threads)
+        worth = int8_worth(task, target, net, file, threads)
     rows = [
         {"path": path, "type": layer.kind, "share": times.get(path)} | layer.numbers()
         for path, layer in cost.layers(model, example).items()
@@ -46,9 +52,51 @@ def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
         "layers": rows,
         "totals": cost.totals(model, example) | {"bytes": sum(row["bytes"] for row in rows)},
         "latency_ms": timing.summary(),
+        "int8": worth,
         "groups": {g.name: g.units for g in groups if not g.fixed},
         "blocks": list(found.droppable),
         "left_alone": alone,
+    }
+
+
+def int8_worth(
+    task: Task, target: Target, net: Deployable, file: Path, threads: int
+) -> dict[str, Any] | None:
+    """What int8 would do to the time, before anything is calibrated; None where nothing can be.
+
+    Time does not depend on the ranges of the grids: they are set from the example alone, and the
+    file is timed.
+
+    Args:
+        task: network and example; no data is read.
+        target: the runtime.
+        net: the original, deployed.
+        file: its file; that of int8 is put beside it.
+        threads: of the runtime.
+
+    Returns:
+        ratio (as `latency.compare`), layers {expected, found} on integers, and slower: the paths
+        of layers that would take longer, those that lose most first.
+    """
+    alone = replace(task, calibration=[(task.example, None)])
+    work = Work(copy.deepcopy(task.model).eval(), task.model, alone, targets=[target])
+    try:
+        catalog.technique("StaticInt8", {"ranges": "minmax"}).apply(work)
+    except Refused:
+        return None
+    small, inputs = Deployable(work.model, task.example, target), as_arrays(task.example)
+    quantized = small.write(file.with_name("int8.onnx"))
+    variants = [latency.Variant("before", file), latency.Variant("after", quantized)]
+    times = latency.time_together(target, variants, inputs, threads, rounds=20)
+    before = latency.by_layer(target, net, file, inputs, threads)
+    after = latency.by_layer(target, small, quantized, inputs, threads)
+    lost = {path: after[path] - ms for path, ms in before.items() if path and path in after}
+    worse = [path for path, ms in lost.items() if ms > latency.SAME * before[path]]
+    found = target.integer_layers(times["after"].kernels)
+    return {
+        "ratio": latency.compare(times["before"], times["after"]),
+        "layers": {"expected": small.quantized, "found": found},
+        "slower": sorted(worse, key=lambda path: -lost[path]),
     }
 
 

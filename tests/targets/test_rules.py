@@ -14,7 +14,13 @@ from whet.demo import Shortcut
 from whet.optional import installed
 from whet.targets.onnxfile import Deployable
 from whet.targets.onnxgraph import OnnxGraph
-from whet.targets.onnxruntime import OnnxRuntime, channels_by_fours, join_slices, pads_on_codes
+from whet.targets.onnxruntime import (
+    OnnxRuntime,
+    channels_by_fours,
+    join_slices,
+    pads_on_codes,
+    products_with_biases,
+)
 from whet.technique import Work
 from whet.testing import tiny_task
 
@@ -162,3 +168,47 @@ def test_grouped_and_narrow_convolutions_keep_their_channels():
         )
         channels_by_fours(graph)
         assert graph.arrays["codes"].shape[1] == 3
+
+
+def test_products_of_codes_take_their_biases_along(tmp_path: Path):
+    task = tiny_task("transformer")
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=[OnnxRuntime()])
+    catalog.technique("StaticInt8", {"examples": 32}).apply(work)
+    nets = [Deployable(work.model.eval(), task.example, each) for each in (Plain(), OnnxRuntime())]
+    plain, ruled = (net.write(tmp_path / f"{k}.onnx") for k, net in enumerate(nets))
+    assert len(nodes(plain, "Sub")) == 13  # six layers in each of two blocks, and the last one
+    assert (len(nodes(ruled, "Sub")), len(nodes(ruled, "MatMulIntegerToFloat"))) == (1, 12)
+    assert nets[0].quantized == nets[1].quantized == 13
+    names = {node.name for node in nodes(ruled, "MatMulIntegerToFloat")}
+    assert {"layers.0.attention.query", "layers.1.mlp.2"} < names
+    found = [
+        OnnxRuntime()
+        .job("run", [task.example[0].numpy()], file=path, batch=2, threads=1, precision="f32")
+        .outputs[0]
+        for path in (plain, ruled)
+    ]
+    # as far apart as a rounding that falls the other way
+    np.testing.assert_allclose(found[0], found[1], atol=0.02 * np.abs(found[0]).max())
+
+
+@pytest.mark.parametrize("behind", ["Relu", "QuantizeLinear", ""])
+def test_products_whose_sum_goes_back_to_codes_stay(behind: str):
+    make = onnx.helper.make_node
+    rest = [make("Sub", ["m", "b"], ["y" if not behind else "t"])]
+    rest += [make(behind, ["t", "s", "z"][: 1 if behind == "Relu" else 3], ["y"])] if behind else []
+    graph = graph_of(
+        [
+            make("QuantizeLinear", ["x", "s", "z"], ["q"]),
+            make("DequantizeLinear", ["q", "s", "z"], ["a"]),
+            make("DequantizeLinear", ["codes", "s"], ["w"]),
+            make("MatMul", ["a", "w"], ["m"]),
+            *rest,
+        ],
+        s=np.float32(0.5),
+        z=np.uint8(3),
+        codes=np.ones((3, 4), np.int8),
+        b=np.ones(4, np.float32),
+    )
+    products_with_biases(graph)
+    assert len(list(graph.of_kind("MatMulIntegerToFloat"))) == 0
+    assert len(list(graph.of_kind("Sub"))) == 1

@@ -78,11 +78,11 @@ def test_one_scale_a_tensor_errs_at_most_half_a_step_of_the_largest_weight(apply
 
 
 def reads(model, example):
-    """(site, tensor) of everything that a layer, an add or a concatenation of floats reads."""
-    found = []
+    """(site, tensor) of everything that is read by a call worth computing on integers."""
+    found, inside = [], static.on_integers(sites.calls(model, example))
 
     def show(site, op, args, out):
-        if op in INTEGER_OPS:
+        if site in inside:
             given = args[0] if op == "cat" else args[:2] if op == "add" else args[:1]
             found.extend((site, t) for t in given if torch.is_tensor(t) and t.is_floating_point())
 
@@ -253,6 +253,74 @@ def test_norms_are_folded_first(apply):
     assert not any(isinstance(m, nn.BatchNorm2d) for m in work.model.modules())
     count = len(ledger(work.model).grids)
     assert work.notes[-1] == (f"4 layers on grids of 8 bits and {count} activations on grids of 8.")
+
+
+def call(site, op, *sources):
+    return sites.Call(site, op, site.rpartition("/")[0], sources, (1,), torch.float32)
+
+
+def test_sums_among_floats_are_not_worth_integers():
+    network = [
+        call("input:0", "input"),
+        call("a/linear:0", "linear", "input:0"),
+        call("add:0", "add", "input:0", "a/linear:0"),  # a LayerNorm reads it, and the next sum
+        call("layer_norm:0", "layer_norm", "add:0", "?"),
+        call("b/linear:0", "linear", "layer_norm:0"),
+        call("add:1", "add", "add:0", "b/linear:0"),
+        call("layer_norm:1", "layer_norm", "add:1", "?"),
+    ]
+    layers = {"a/linear:0", "b/linear:0"}
+    assert static.on_integers([*network, call("output", "output", "layer_norm:1")]) == layers
+    read = [*network, call("relu:0", "relu", "add:1"), call("c/linear:0", "linear", "relu:0")]
+    # a layer reads the second sum past a ReLU, and that sum the first
+    assert static.on_integers(read) == layers | {"add:0", "add:1", "c/linear:0"}
+    pixels = [
+        call("input:0", "input"),
+        call("a/conv2d:0", "conv2d", "input:0"),
+        call("relu:0", "relu", "a/conv2d:0"),
+        call("avg_pool2d:0", "avg_pool2d", "relu:0"),  # of what a convolution made
+        call("sigmoid:0", "sigmoid", "avg_pool2d:0"),
+        call("cat:0", "cat", "sigmoid:0", "sigmoid:0"),  # of floats, for floats
+    ]
+    assert static.on_integers(pixels) == {"a/conv2d:0", "avg_pool2d:0"}
+    assert static.on_integers(pixels, skip=("a",)) == {"avg_pool2d:0"}
+
+
+def test_only_layers_of_a_transformer_read_grids(apply):
+    task = tiny_task("transformer")
+    model = apply(task, StaticInt8()).model
+    readers = {}
+    for each in sites.calls(model, task.example):
+        for source in each.sources:
+            readers.setdefault(source, set()).add(each.op)
+    for site in ledger(model).grids:
+        assert readers[site] & {"linear", *MOVES}, site
+    assert not any("add:" in site for site in ledger(model).grids)
+
+
+class Attentive(nn.Module):
+    """One of torch's encoder layers, whose attention has three matrices in one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(64, 4, 32, batch_first=True)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x):
+        return self.head(self.layer(x.flatten(2)).mean(1))
+
+
+def test_torchs_attention_is_quantized_as_well(apply):
+    task = tiny_task(Attentive().eval())
+    work = apply(task, StaticInt8(examples=32))
+    assert "layer.self_attn has four linear layers now, which can run on integers." in work.notes
+    found = {path for path, _, form in quantized_layers(work.model) if form is not None}
+    four = {f"layer.self_attn.{name}" for name in ("query", "key", "value", "out")}
+    assert found == four | {"layer.linear1", "layer.linear2", "head"}
+    called = {c.path: c for c in sites.calls(work.model, task.example) if c.op == "linear"}
+    assert all(called[path].sources[0] in ledger(work.model).grids for path in found)
+    want, got = outputs(task.model, task), outputs(work.model, task)
+    assert 0 < numerics.relative(got, want) < 0.05
 
 
 def test_skipped_layers_stay_float(apply):

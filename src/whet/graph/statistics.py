@@ -16,7 +16,7 @@ from whet.task import Batches, as_arguments, evaluating, limited
 
 BINS = 2048
 KEPT = 0.9  # of a moving average, at each batch
-COUNTABLE = 2**24  # float32, in which torch counts, holds no odd number above
+SAMPLE = 2**16  # values of a tensor that are counted; more do not move a range
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Histogram:
     """A histogram whose range doubles when a value falls outside; memory stays constant.
 
     Counts stand for values in [-bound, bound]. `low` and `high` are the exact extremes, `average`
-    their moving averages over the batches.
+    their moving averages over the batches. Of a large tensor every k-th value stands for k.
     """
 
     bound: float = 0.0
@@ -57,8 +57,9 @@ class Histogram:
             self.bound = reach if reach > 0 else 1.0
         while reach > self.bound:
             self._double()
-        for part in x.split(COUNTABLE):
-            self.counts += torch.histc(part, BINS, -self.bound, self.bound).double()
+        some = x[:: stride(x.numel())]
+        counted = torch.histc(some, BINS, -self.bound, self.bound)
+        self.counts += counted.double() * (x.numel() / some.numel())
 
     def _double(self) -> None:
         """Merge neighbours in pairs into the middle half of a range twice as wide."""
@@ -140,6 +141,17 @@ class Histogram:
         P[-1] += self.counts[codes >= 2**bits].sum()
         P, Q = P / P.sum(), Q / Q.sum()
         return float((P * (P / Q).log()).sum())
+
+
+def stride(count: int) -> int:
+    """The k of which every k-th of `count` values is `SAMPLE` of them, or somewhat fewer.
+
+    It has no divisor in common with the count, so that it meets all rows, columns and channels.
+    """
+    step = max(1, -(-count // SAMPLE))
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
 
 
 @torch.no_grad()

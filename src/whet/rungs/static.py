@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from whet import numerics, packed
 from whet.errors import Refused
-from whet.graph import folding, sites, statistics
+from whet.graph import folding, sites, statistics, surgery
 from whet.graph.ledger import Grid
 from whet.rungs.layers import Skip, skipped, weights
 from whet.targets.processor import here
@@ -39,6 +39,8 @@ MOVES = frozenset(
         "identity",
     ]
 )
+# what runtimes merge into the layer or the sum in front of it
+CLAMPS = frozenset(["relu", "relu6", "hardtanh", "clamp"])
 
 
 class StaticTechnique(Technique):
@@ -69,7 +71,7 @@ class StaticTechnique(Technique):
     skip: Skip = ()
 
     def folded(self, work: Work) -> list[tuple[str, nn.Module]]:
-        """The layers to quantize, with every BatchNorm that folds in them.
+        """The layers to quantize, with every BatchNorm that folds in them, attention unfolded.
 
         Raises:
             Refused: there is none.
@@ -78,6 +80,8 @@ class StaticTechnique(Technique):
             raise Refused(
                 self.name, "no linear or convolutional layer is left to quantize", "Drop it."
             )
+        for path in surgery.unfold_attention(work.model):
+            work.notes.append(f"{path} has four linear layers now, which can run on integers.")
         pairs, _ = folding.fold_all(work.model, work.task.example)
         if pairs:
             work.notes.append(f"folded {len(pairs)} BatchNorms first.")
@@ -161,20 +165,18 @@ def placement(
 ) -> dict[str, str]:
     """Which sites get a grid, and the site whose values its range is taken from.
 
-    A value gets a grid when an integer operation reads it, itself or through operations that
-    only move values, which take the same grid. So between a layer and the activation that the
+    A value gets a grid when a call on integers reads it, itself or through operations that only
+    move values, which take the same grid. So between a layer and the activation that the
     runtimes merge into it there is none.
     """
-    readers: dict[str, list[sites.Call]] = {}
-    for call in calls:
-        for source in call.sources:
-            readers.setdefault(source, []).append(call)
+    readers = _readers(calls)
+    inside = on_integers(calls, skip, integer)
     times = Counter(call.site for call in calls)
     plan: dict[str, str] = {}
     for call in calls:
         if call.dtype is None or not call.dtype.is_floating_point:
             continue
-        if times[call.site] != 1 or not _read_by_integers(call, readers, skip, integer):
+        if times[call.site] != 1 or not _read_by(inside, call, readers, MOVES):
             continue
         moved_from = call.sources[0] if call.op in MOVES and call.sources else None
         if moved_from is None:
@@ -182,6 +184,43 @@ def placement(
         elif moved_from in plan:
             plan[call.site] = plan[moved_from]
     return plan
+
+
+def on_integers(
+    calls: list[sites.Call], skip: tuple[str, ...] = (), integer: frozenset[str] = INTEGER_OPS
+) -> set[str]:
+    """The sites of the calls that are worth computing on integers.
+
+    Every layer, and a sum, concatenation or pooling that reads what a convolution made or makes
+    what such a call reads. The others stand among floats: on the residual path of a transformer,
+    between LayerNorms, a grid would cost time and accuracy for nothing.
+    """
+    makers, readers = {call.site: call for call in calls}, _readers(calls)
+    found: set[str] = set()
+    for call in reversed(calls):
+        if call.op not in integer or skipped(call.path, skip):
+            continue
+        joins = any(_convolved(source, makers) for source in call.sources)
+        if call.op in MATMULS or joins or _read_by(found, call, readers, MOVES | CLAMPS):
+            found.add(call.site)
+    return found
+
+
+def _readers(calls: list[sites.Call]) -> dict[str, list[sites.Call]]:
+    """The calls that read each site."""
+    readers: dict[str, list[sites.Call]] = {}
+    for call in calls:
+        for source in call.sources:
+            readers.setdefault(source, []).append(call)
+    return readers
+
+
+def _convolved(site: str, makers: Mapping[str, sites.Call]) -> bool:
+    """Whether a convolution made the value, but for moves and clamps behind it."""
+    call = makers.get(site)
+    while call is not None and call.op in MOVES | CLAMPS and call.sources:
+        call = makers.get(call.sources[0])
+    return call is not None and call.op in MATMULS - {"linear"}
 
 
 def wide(calls: list[sites.Call], plan: dict[str, str], eight: tuple[str, ...]) -> set[str]:
@@ -199,15 +238,14 @@ def inputs_of(calls: list[sites.Call], plan: Mapping[str, str]) -> dict[str, str
     }
 
 
-def _read_by_integers(
+def _read_by(
+    wanted: set[str],
     call: sites.Call,
-    readers: dict[str, list[sites.Call]],
-    skip: tuple[str, ...],
-    integer: frozenset[str],
+    readers: Mapping[str, list[sites.Call]],
+    past: frozenset[str],
 ) -> bool:
-    for reader in readers.get(call.site, []):
-        if reader.op in integer and not skipped(reader.path, skip):
-            return True
-        if reader.op in MOVES and _read_by_integers(reader, readers, skip, integer):
-            return True
-    return False
+    """Whether a wanted call reads what this one made, itself or past certain operations."""
+    return any(
+        reader.site in wanted or (reader.op in past and _read_by(wanted, reader, readers, past))
+        for reader in readers.get(call.site, [])
+    )

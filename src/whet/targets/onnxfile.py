@@ -179,9 +179,9 @@ def _convert(
     rewrite(graph, forms)
     rounding = products.store(graph, forms, target)
     tables.store(graph, forms, target)
+    integers = sum(graph.maker(name, "DequantizeLinear") is not None for name in forms)
     for rule in target.rules:
         rule(graph)
-    integers = sum(graph.maker(name, "DequantizeLinear") is not None for name in forms)
     proto, short = graph.finish(OPSET)
     calls = [node.name for node in program.graph.nodes]
     return proto, _values(graph, short, calls), integers, rounding

@@ -10,7 +10,9 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-LAYERS = frozenset(["Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits"])
+LAYERS = frozenset(
+    ["Conv", "ConvTranspose", "Gemm", "MatMul", "MatMulNBits", "MatMulIntegerToFloat"]
+)
 NIBBLE = helper.tensor_dtype_to_np_dtype(TensorProto.UINT4)
 NIBBLE_OPSET = 21  # the first with integers of 4 bits
 DEFAULTS: dict[str, dict[str, Any]] = {

@@ -176,6 +176,35 @@ def channels_by_fours(graph: OnnxGraph) -> None:
         graph.drop_unread(back)
 
 
+def products_with_biases(graph: OnnxGraph) -> None:
+    """DQ(x) DQ(W) - (-b), read as floats, becomes one kernel: multiply codes, scale, add b.
+
+    The runtime makes that kernel of the product by itself, but leaves the bias behind it.
+    """
+    for node in graph.of_kind("MatMul"):
+        data, weight = (graph.maker(name, "DequantizeLinear") for name in node.input[:2])
+        after = graph.readers(node.output[0])
+        if data is None or weight is None or len(after) != 1 or after[0].op_type != "Sub":
+            continue
+        codes, shift = (graph.arrays.get(n.input[k]) for n, k in ((weight, 0), (after[0], 1)))
+        if codes is None or codes.ndim != 2 or shift is None or shift.shape != codes.shape[1:]:
+            continue
+        onward = {reader.op_type for reader in graph.readers(after[0].output[0])}
+        if len(data.input) != 3 or len(weight.input) != 2 or onward <= {"QuantizeLinear", "Relu"}:
+            continue
+        place, bias = graph.places[id(node)], f"{node.output[0]}/bias"
+        graph.arrays[bias] = -shift
+        x, scale, zero = data.input
+        inputs = [x, weight.input[0], scale, weight.input[1], zero, "", bias]
+        outputs = list(after[0].output)
+        for each in (node, after[0]):
+            graph.drop(each)
+        kind, home = "MatMulIntegerToFloat", "com.microsoft"
+        graph.add(helper.make_node(kind, inputs, outputs, domain=home), place)
+        for each in (data, weight):
+            graph.drop_unread(each)
+
+
 class OnnxRuntime(Target):
     """Microsoft's ONNX Runtime, CPU execution provider."""
 
@@ -196,7 +225,7 @@ class OnnxRuntime(Target):
         "sequences": "recurrent layers stop at the end of each sequence, up to 16 in a batch; "
         "above that the longest of some counts for all of these",
     }
-    rules = (join_slices, pads_on_codes, channels_by_fours, stop_early)
+    rules = (join_slices, pads_on_codes, channels_by_fours, products_with_biases, stop_early)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads)

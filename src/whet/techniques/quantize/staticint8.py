@@ -16,7 +16,8 @@ Helps when: the network is convolutional and the processor has int8 dot products
     there (0.3 to 0.7 points of a CIFAR ResNet), so that they get 7 where such a one is at work.
 Hurts when: activations have rare huge values (transformers), or channel ranges differ a hundred
     times (some MobileNets). On AMX processors bf16 can be as fast for small networks.
-Needs: calibration or training data (labels unused). BatchNorms that can be folded are folded.
+Needs: calibration or training data (labels unused). BatchNorms that can be folded are folded,
+    torch's MultiheadAttention gets layers of its own.
 Costs: two passes over `examples` calibration examples.
 """
 
@@ -34,7 +35,7 @@ from whet.technique import Work
 
 
 class StaticInt8(StaticTechnique):
-    """Quantize every linear and convolutional layer, residual adds and concatenations to int8."""
+    """Quantize linear and convolutional layers to int8, sums and concatenations between them."""
 
     weight_bits: Annotated[
         Annotated[int, Field(ge=2, le=8)] | None,

@@ -1,0 +1,362 @@
+"""int8 of whet beside the runtimes' own quantizers and torchao's, on five kinds of networks.
+
+    pip install -r benchmarks/requirements.txt     (the peers, in an environment of their own)
+    WHET_DATA=... OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/side_by_side.py --accuracy 10000
+
+In one run: the same images for all to calibrate on, the same others to compare on, and in each
+runtime all files timed in turns in one process. Times are processor times on one thread. ResNet-56
+is the pretrained one; the others have random weights, with BatchNorm statistics of the data, so
+that what counts is how far the int8 logits are from the float32 ones:
+SQNR = 10 log10(sum y^2 / sum (y' - y)^2), in dB. torchao's network (PT2E, the quantizer for x86) is
+written as ONNX and runs in ONNX Runtime; with --compile it is also timed in its own runtime,
+Inductor, against the float network there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent / "coverage"))
+import measuring
+from attention import Block, Vit
+from cifar10_resnet import cifar, data_folder, images
+from int8_cifar import nncf_static, onnxruntime_static
+from making import CLASSES, jitter
+from real_speed import mobilenet_v2, vgg16
+
+from whet import catalog
+from whet.graph.statistics import reestimate_batchnorm
+from whet.measure import latency, quality
+from whet.targets.onnxfile import as_arrays
+from whet.targets.target import Target
+from whet.task import Task
+from whet.technique import Work
+
+PT2E = "torchao.quantization.pt2e"  # a peer, in this benchmark's own environment
+CALIBRATION, COMPARED = 64, 64
+WORDS = 128  # in a sequence
+
+
+def vit_tiny() -> nn.Module:
+    """A ViT of 12 blocks of 192 channels, 64 patches of 8 by 8 pixels."""
+    model = Vit(False, False, 192, 3)
+    model.blocks = nn.Sequential(*[Block(192, 3) for _ in range(12)])
+    return model
+
+
+class Encoder(nn.Module):
+    """Six of torch's encoder layers (norm behind the sum, ReLU) on the letters of a text."""
+
+    def __init__(self, letters: int = 128, width: int = 256) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(letters, width)
+        self.positions = nn.Parameter(0.5 * torch.randn(1, WORDS, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, 6, enable_nested_tensor=False)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.embed(x) + self.positions).mean(1))
+
+
+def pictures(size: int) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 images at another size: to calibrate on, to compare on."""
+    parts = (images("train")[0][:CALIBRATION], images("test")[0][:COMPARED])
+    return tuple(x if size == 32 else F.interpolate(x, size=size, mode="bilinear") for x in parts)  # pyright: ignore[reportReturnType]
+
+
+def letters() -> tuple[Tensor, Tensor]:
+    """Sequences of ASCII codes, to calibrate on and to compare on."""
+    text = (data_folder() / "tinyshakespeare/input.txt").read_bytes()
+    codes = torch.tensor(list(text[: (CALIBRATION + COMPARED) * WORDS])).clamp(max=127)
+    first, second = codes.view(-1, WORDS).split([CALIBRATION, COMPARED])
+    return first, second
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, Tensor]]]] = {
+    "VGG-16": (vgg16, lambda: pictures(32)),
+    "MobileNetV2": (mobilenet_v2, lambda: pictures(96)),
+    "ViT-tiny": (vit_tiny, lambda: pictures(64)),
+    "Encoder": (Encoder, letters),
+}
+TRANSFORMERS = ("ViT-tiny", "Encoder")
+
+
+def task_of(name: str) -> Task:
+    """A network with its images to calibrate on, as `calibration`, and to compare, `validation`."""
+    if name == "ResNet-56":
+        task, (first, second) = cifar(56), pictures(32)
+    else:
+        make, data = NETWORKS[name]
+        torch.manual_seed(0)
+        model = make()
+        jitter(model)
+        first, second = data()
+        reestimate_batchnorm(model, _batches(first))
+        task = Task(model.eval(), (first[:1],), name=name)
+    return replace(task, calibration=_batches(first), validation=_batches(second))
+
+
+def _batches(x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return [(part, torch.zeros(len(part)).long()) for part in x.split(32)]
+
+
+def ours(task: Task) -> tuple[nn.Module, float]:
+    """The network after StaticInt8, and the seconds that took."""
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
+    began = time.process_time()
+    catalog.technique("StaticInt8", {"examples": CALIBRATION}).apply(work)
+    return work.model.eval(), time.process_time() - began
+
+
+def torchao_pt2e(task: Task, destination: Path) -> tuple[float, nn.Module]:
+    """torchao's static quantization for x86, written as ONNX: the seconds, without the export."""
+    x86 = importlib.import_module(f"{PT2E}.quantizer.x86_inductor_quantizer")
+    pt2e = importlib.import_module(f"{PT2E}.quantize_pt2e")
+    quantizer = x86.X86InductorQuantizer()
+    quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
+    exported = torch.export.export(task.model, task.example).module()
+    began = time.process_time()
+    prepared = pt2e.prepare_pt2e(exported, quantizer)
+    for x, _ in task.calibration or []:
+        for image in x.split(1):
+            prepared(image)
+    converted = pt2e.convert_pt2e(prepared)
+    seconds = time.process_time() - began
+    program = torch.export.export(converted, task.example)
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(program, dynamo=True, verbose=False).save(str(destination))
+    return seconds, converted
+
+
+def compiled(task: Task, converted: nn.Module, rounds: int) -> dict[str, Any]:
+    """The time of torchao's network over the float one's, both compiled by Inductor."""
+    importlib.import_module("torch._inductor.config").freezing = True
+    lowering = importlib.import_module(f"{PT2E}.lowering")
+    lowered = lowering.lower_pt2e_quantized_to_x86(converted, task.example)
+    nets = [torch.compile(net) for net in (copy.deepcopy(task.model), lowered)]
+    times: list[list[list[float]]] = [[], []]
+    for _ in range(rounds):
+        took: list[list[float]] = [[], []]
+        for _ in range(3):
+            for net, found in zip(nets, took, strict=True):
+                net(*task.example)
+                start = time.process_time()
+                net(*task.example)
+                found.append(1000 * (time.process_time() - start))
+        for found, one in zip(times, took, strict=True):
+            found.append(one)
+    tables = [np.array(each[1:]) for each in times]  # without the compilation
+    timings = [latency.Timing(np.median(t, axis=1), t.reshape(-1), {}) for t in tables]
+    return latency.compare(*timings) | {"ms": timings[1].summary()["median"]}
+
+
+@dataclass
+class Row:
+    """A file and what was found of it.
+
+    Args:
+        files: the first is what the runtime opens.
+        seconds: to quantize.
+        noise: sum (y' - y)^2 of each example.
+        accuracy: on the test images, where asked for.
+    """
+
+    files: list[Path]
+    seconds: float = float("nan")
+    noise: np.ndarray | None = None
+    accuracy: float = float("nan")
+    integer: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Of all its files."""
+        return sum(file.stat().st_size for file in self.files)
+
+
+def rows_of(target: Target, task: Task, model: nn.Module, folder: Path) -> dict[str, Row]:
+    """The files of everybody for this runtime; one that a peer cannot make is left out, said."""
+    found = {
+        "float32": Row([measuring.lower(target, task.model, task, folder, "original")]),
+        "whet": Row([measuring.lower(target, model, task, folder, "whet")]),
+    }
+    original = folder / "plain.onnx"  # as torch writes it: what a user of theirs begins with
+    if not original.exists():
+        exported = torch.onnx.export(task.model, task.example, dynamo=True, verbose=False)
+        exported.save(str(original))
+    if target.name == "onnxruntime":
+        for layers in (False, True) if task.name in TRANSFORMERS else (False,):
+            name = "quantize_static, layers" if layers else "quantize_static"
+            file = folder / f"static{int(layers)}.onnx"
+            found[name] = Row([file], onnxruntime_static(task, original, file, layers))
+    else:
+        kinds = (False, True) if task.name in TRANSFORMERS else (False,)
+        for transformer in kinds:
+            name = "NNCF, transformer" if transformer else "NNCF"
+            file = folder / f"nncf{int(transformer)}.xml"
+            seconds = nncf_static(task, original, file, transformer)
+            found[name] = Row([file, file.with_suffix(".bin")], seconds)
+    return found
+
+
+@torch.no_grad()
+def compare(target: Target, task: Task, found: dict[str, Row]) -> np.ndarray:
+    """Fill in the noise of each row, and the kernels; gives the power of each example."""
+    batches = list(task.validation or [])
+    want = np.concatenate([task.model(x).numpy() for x, _ in batches])
+    arrays = [np.concatenate([as_arrays(x)[0] for x, _ in batches])]
+    for row in found.values():
+        how = {"threads": 1, "precision": "f32", "batch": 1}
+        result = target.job("run", arrays, file=str(row.files[0]), **how)
+        row.noise = np.square(result.outputs[0].astype(np.float64) - want).sum(1)
+        row.integer = target.integer_layers(result.said["kernels"])
+    return np.square(want.astype(np.float64)).sum(1)
+
+
+def accuracies(target: Target, task: Task, found: dict[str, Row], examples: int) -> None:
+    """Fill in the accuracy on so many test images."""
+    with torch.no_grad():
+        like = task.model(*task.example)
+    for row in found.values():
+        reading = quality.measure(
+            target,
+            row.files[0],
+            task.example,
+            like,
+            task.test or [],
+            task.measure,
+            threads=1,
+            examples=examples,
+        )
+        row.accuracy = reading.value
+
+
+def decibels(power: np.ndarray, noise: np.ndarray) -> float:
+    """SQNR."""
+    return float(10 * np.log10(power.sum() / max(noise.sum(), 1e-30)))
+
+
+def interval(power: np.ndarray, noises: list[np.ndarray]) -> tuple[float, float]:
+    """Of the SQNR of the first noise, less that of the second if there is one, by bootstrap."""
+    chance = np.random.default_rng(0)
+    draws = []
+    for _ in range(1000):
+        pick = chance.integers(len(power), size=len(power))
+        values = [decibels(power[pick], noise[pick]) for noise in noises]
+        draws.append(values[0] - (values[1] if len(values) > 1 else 0))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def timed(
+    target: Target, files: dict[str, Path], task: Task, rounds: int
+) -> dict[str, latency.Timing]:
+    """Processor time of each file, in turns, each timed call behind an untimed one.
+
+    On one thread it is the time of the call, less what other processes took of the core.
+    """
+    inputs = as_arrays(task.example)
+    sessions = {name: target.open(file, 1, "f32") for name, file in files.items()}
+    taken: dict[str, list[list[float]]] = {name: [] for name in files}
+    for _ in range(rounds):
+        for found in taken.values():
+            found.append([])
+        for _ in range(3):
+            for name, session in sessions.items():
+                session.run(inputs)
+                start = time.process_time()
+                session.run(inputs)
+                taken[name][-1].append(1000 * (time.process_time() - start))
+    tables = {name: np.array(found) for name, found in taken.items()}
+    return {
+        name: latency.Timing(np.median(table, axis=1), table.reshape(-1), {})
+        for name, table in tables.items()
+    }
+
+
+def report(
+    target: Target, task: Task, found: dict[str, Row], power: np.ndarray, rounds: int
+) -> None:
+    """Time all files in turns and print the table."""
+    times = timed(target, {name: row.files[0] for name, row in found.items()}, task, rounds)
+    print(f"\n### {task.name}, {target.name}\n")
+    print("| | top-1 % | SQNR dB [95 %] | ms | time ratio [95 %] | whet over it [95 %] ", end="")
+    print("| s to quantize | bytes | int8 layers |\n|---|---|---|---|---|---|---|---|---|")
+    for name, row in found.items():
+        assert row.noise is not None
+        ratio = latency.compare(times["float32"], times[name])
+        beside = latency.compare(times[name], times["whet"])
+        low, high = interval(power, [row.noise])
+        sqnr = f"{decibels(power, row.noise):.1f} [{low:.1f}, {high:.1f}]"
+        cells = [
+            name,
+            "" if np.isnan(row.accuracy) else f"{100 * row.accuracy:.2f}",
+            "" if name == "float32" else sqnr,
+            f"{times[name].summary()['median']:.3f}",
+            *(f"{r['value']:.3f} [{r['low']:.3f}, {r['high']:.3f}]" for r in (ratio, beside)),
+            "" if np.isnan(row.seconds) else f"{row.seconds:.1f}",
+            f"{row.bytes:,}",
+            str(row.integer),
+        ]
+        print("| " + " | ".join(cells) + " |")
+    for name, row in found.items():
+        mine = found["whet"].noise
+        if name not in ("float32", "whet") and row.noise is not None and mine is not None:
+            low, high = interval(power, [mine, row.noise])
+            more = decibels(power, mine) - decibels(power, row.noise)
+            print(f"\nwhet over {name}: {more:+.1f} dB [{low:+.1f}, {high:+.1f}].")
+    print(f"\n{measuring.signed(target, task, rounds)}", flush=True)
+
+
+def main() -> None:
+    """A table for each network and runtime."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("networks", nargs="*", default=["ResNet-56", *NETWORKS])
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--accuracy", type=int, default=0, help="of ResNet-56 on so many images")
+    parser.add_argument("--compile", nargs="*", default=[], help="networks to compile with torchao")
+    parser.add_argument("--runtimes", nargs="*", default=["onnxruntime", "openvino"])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in options.networks:
+        task = task_of(name)
+        task = replace(task, name=name)
+        model, seconds = ours(task)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            for target in catalog.present():
+                if target.name not in options.runtimes:
+                    continue
+                found = rows_of(target, task, model, folder)
+                found["whet"].seconds = seconds
+                if target.name == "onnxruntime":
+                    file = folder / "torchao.onnx"
+                    taken, converted = torchao_pt2e(task, file)
+                    found["torchao PT2E"] = Row([file], taken)
+                    if name in options.compile:
+                        said = compiled(task, converted, options.rounds)
+                        print(f"\n{name}, torchao compiled by Inductor over float32: {said}")
+                power = compare(target, task, found)
+                if options.accuracy and task.test is not None:
+                    accuracies(target, task, found, options.accuracy)
+                report(target, task, found, power, options.rounds)
+
+
+if __name__ == "__main__":
+    main()
