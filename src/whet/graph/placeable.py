@@ -3,8 +3,8 @@
 Beside torch's layers there are nine of our own, from which the rest is composed: what is left of a
 dropped block, branches that are summed, branches that are concatenated, channels in another order,
 two dimensions that change places, a bias, a table as a train of tables, an exit, and a recurrent
-layer that stops where each sequence ends. A file that describes any other module is refused. Modules
-of the user's own, of any class, may move into a composition.
+layer that stops where each sequence ends. A file that describes any other module is refused.
+Modules of the user's own, of any class, may move into a composition.
 """
 
 from __future__ import annotations
