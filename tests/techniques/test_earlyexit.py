@@ -203,3 +203,31 @@ def test_networks_that_cannot_bear_it_are_refused(refuses):
 def test_absurd_knobs_are_refused(knobs):
     with pytest.raises(ValidationError):
         EarlyExit(**knobs)
+
+
+def test_the_heads_learn_what_the_network_says(apply):
+    """Channel k of the first layer is brightest for class k: its mean says all that is needed."""
+    chance = torch.Generator().manual_seed(0)
+    conv = nn.Conv2d(4, 4, 1, bias=False)
+    deeper = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1, bias=False) for _ in range(3)))
+    classify = nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.eye(4)[:, :, None, None])
+        for layer in deeper:
+            layer.weight.zero_()[:, :, 1, 1] = torch.eye(4)
+        classify.weight.copy_(6 * torch.eye(4))
+    ends = nn.MaxPool2d(2), deeper, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classify
+    model = nn.Sequential(conv, *ends).eval()
+    labels = torch.randint(0, 4, (256,), generator=chance)
+    x = 0.3 * torch.rand(256, 4, 8, 8, generator=chance)
+    x[torch.arange(256), labels] += 0.7
+    batches = list(zip(x.split(32), labels.split(32), strict=True))
+    task = dataclasses.replace(
+        tiny_task("plain_cnn"), model=model, example=(x[:1],), train=batches, validation=batches
+    )
+    small = apply(task, EarlyExit(after=("0",), drop=0.0, epochs=20, lr=0.1)).model
+    assert evaluate(small, batches, ACCURACY) == 1.0
+    [leave] = [module for module in small.modules() if isinstance(module, Exit)]
+    z = leave[0](conv(x))
+    assert float((z.argmax(1) == labels).float().mean()) == 1.0
+    assert float((sure(z, "probability") >= leave.threshold).float().mean()) > 0.9
