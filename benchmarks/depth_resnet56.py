@@ -18,7 +18,7 @@ import measuring
 from cifar10_resnet import cifar
 from torch import nn
 
-from whet import artifact, catalog
+from whet import artifact, catalog, runner
 from whet.runner import seed_all
 from whet.task import ACCURACY, Task, evaluate
 from whet.technique import Work
@@ -49,7 +49,7 @@ def main() -> None:
 def train(task: Task, options: argparse.Namespace) -> nn.Module:
     """Drop blocks, distil, quantize; says what each step took and what is left."""
     seed_all(options.seed, task)
-    work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=runner.targets_of("auto"))
     for name, knobs in (
         ("DropBlocks", {"amount": options.amount}),
         ("Distill", {"epochs": options.epochs, "lr": options.lr}),
@@ -69,7 +69,7 @@ def train(task: Task, options: argparse.Namespace) -> nn.Module:
 def measure(task: Task, model: nn.Module) -> None:
     """Print a table for each runtime."""
     with tempfile.TemporaryDirectory() as name:
-        for target in catalog.present():
+        for target in runner.targets_of("auto"):
             original = measuring.lower(target, task.model, task, Path(name), "original")
             small = measuring.lower(target, model, task, Path(name), "small")
             files = {"float32": original, "cut + distilled + int8": small}

@@ -28,7 +28,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from whet import catalog
+from whet import catalog, runner
 from whet.targets.onnxfile import as_arrays
 from whet.task import Task, limited
 from whet.technique import Work
@@ -38,7 +38,7 @@ EXAMPLES, ROUNDS = 512, 60
 
 def ours(task: Task) -> tuple[object, float]:
     """The network after FoldBatchNorm and StaticInt8, and the seconds that took."""
-    work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=runner.targets_of("auto"))
     began = time.perf_counter()
     catalog.technique("FoldBatchNorm").apply(work)
     catalog.technique("StaticInt8", {"examples": EXAMPLES}).apply(work)
@@ -109,7 +109,7 @@ def main(depths: list[int]) -> None:
         model, seconds = ours(task)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            for target in catalog.present():
+            for target in runner.targets_of("auto"):
                 original = measuring.lower(target, task.model, task, folder, "original")
                 files = {"float32": original}
                 files["whet StaticInt8"] = measuring.lower(target, model, task, folder, "whet")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from cifar10_resnet import cifar
 
-from whet import catalog
+from whet import catalog, runner
 from whet.measure import int8_codes
 from whet.measure.int8_codes import Agreement
 from whet.measure.signature import signature
@@ -38,7 +38,7 @@ HEAD = (
 
 def quantized(task: Task) -> torch.nn.Module:
     """The network after FoldBatchNorm and StaticInt8, for every runtime that is installed."""
-    work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=runner.targets_of("auto"))
     catalog.technique("FoldBatchNorm").apply(work)
     catalog.technique("StaticInt8", {"examples": EXAMPLES}).apply(work)
     print("\n".join(work.notes), "\n")
@@ -81,7 +81,7 @@ def main() -> None:
     task = dataclasses.replace(task, example=(x[:BATCH],))
     model, took = quantized(task), []
     print(f"{HEAD}\n|---|---|---|---|---|---|---|---|", flush=True)
-    for target in catalog.present():
+    for target in runner.targets_of("auto"):
         net = Deployable(model, task.example, target)
         network, began = IntegerNetwork(net.proto), time.perf_counter()
         integers = correct(in_batches(network, [rows], BATCH)[0], labels)

@@ -15,7 +15,7 @@ from whet import catalog
 from whet.graph.trace import macs
 from whet.measure import latency, quality
 from whet.measure.signature import signature
-from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 from whet.task import Task, batch_size
 from whet.technique import Work
@@ -78,7 +78,7 @@ def rows(
 
 def lower(target: Target, model: nn.Module, task: Task, folder: Path, stem: str) -> Path:
     """The deployable file of `model`."""
-    return Deployable(model, task.example, target).write(folder / f"{stem}.onnx")
+    return target.lower(model, task.example).write(folder / f"{stem}{target.suffix}")
 
 
 def cut_to(

@@ -26,7 +26,7 @@ import measuring
 from making import head, jitter, step
 from mobile import Inverted
 
-from whet import catalog
+from whet import catalog, runner
 from whet.demo import ResNet
 from whet.errors import Refused
 from whet.graph.trace import macs
@@ -108,7 +108,7 @@ def main() -> None:
     for name in options.networks:
         task = untrained(name)
         ways = {"original": task.model} | halves(task)
-        for target in catalog.present():
+        for target in runner.targets_of("auto"):
             for precision in ("float32", "int8"):
                 table(name, task, ways, target, precision, options.rounds)
 

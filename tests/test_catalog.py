@@ -46,11 +46,11 @@ def test_unknown_technique(name: str, words: str):
 def test_unknown_target():
     with pytest.raises(BadInput, match=r"choose a target: 'onnx' is not one. Did you mean onnxrun"):
         catalog.target("onnx")
-    with pytest.raises(BadInput, match=r"'tpu' is not one. Known are: onnxruntime, openvino"):
+    with pytest.raises(BadInput, match=r"'tpu' is not one. Known are: executorch, onnxrun"):
         catalog.target("tpu")
 
 
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", ["executorch", "onnxruntime", "openvino"])
 def test_target_that_is_not_installed_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(catalog, "installed", lambda package: package != name)
     words = rf"the package {name} is not installed. Run: pip install 'whet\[{name}\]'"

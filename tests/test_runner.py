@@ -21,6 +21,7 @@ from whet.errors import BadInput, BrokenPromise, Disagrees, Refused
 from whet.recipe import Recipe, built_in
 from whet.runner import Result, Settings, free, settings_of
 from whet.targets.onnxfile import Deployable
+from whet.targets.onnxruntime import OnnxRuntime
 from whet.task import Metric, Task
 from whet.technique import Technique, Work
 from whet.testing import tiny_task
@@ -289,7 +290,7 @@ def test_a_file_that_computes_something_else_names_the_layer(
             array.reshape(-1)[7] += 3
             weight.CopyFrom(numpy_helper.from_array(array, weight.name))
 
-    monkeypatch.setattr(runner, "Deployable", Wrong)
+    monkeypatch.setattr(OnnxRuntime, "lower", lambda self, *what: Wrong(*what, self))
     monkeypatch.setattr(runner._Run, "_reading", lambda *_: {"metric": None})
     words = r"deploy the network to onnxruntime: .* the first layer that differs is 3 \("
     with pytest.raises(Disagrees, match=words):

@@ -59,7 +59,8 @@ TaskArgument = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Target = Annotated[
-    str, typer.Option("--target", "-t", help="onnxruntime, openvino, or auto: the fastest here.")
+    str,
+    typer.Option("--target", "-t", help="A runtime of `whet targets`, or auto: the fastest."),
 ]
 Threads = Annotated[int, typer.Option(min=1, max=1024, help="Threads of the runtime when timing.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]

@@ -17,7 +17,8 @@ from whet.errors import BadInput, Damaged, Refused
 from whet.graph import blocks, channels
 from whet.measure import cost, int8_codes, latency, quality
 from whet.measure.goals import Goals
-from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.lowered import Lowered
+from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 from whet.task import Task, as_arguments, batch_size, limited
 from whet.technique import Work
@@ -33,8 +34,8 @@ def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
     model, example = copy.deepcopy(task.model).eval(), task.example
     inputs = as_arrays(example)
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
-        net = Deployable(model, example, target)
-        file = net.write(Path(folder) / "original.onnx")
+        net = target.lower(model, example)
+        file = net.write(Path(folder) / f"original{target.suffix}")
         variant = [latency.Variant("original", file)]
         timing = latency.time_together(target, variant, inputs, threads, rounds=10)["original"]
         times = latency.shares(target, net, file, inputs, threads)
@@ -60,7 +61,7 @@ def look(task: Task, target: Target, threads: int) -> dict[str, Any]:
 
 
 def int8_worth(
-    task: Task, target: Target, net: Deployable, file: Path, threads: int
+    task: Task, target: Target, net: Lowered, file: Path, threads: int
 ) -> dict[str, Any] | None:
     """What int8 would do to the time, before anything is calibrated; None where nothing can be.
 
@@ -84,8 +85,8 @@ def int8_worth(
         catalog.technique("StaticInt8", {"ranges": "minmax"}).apply(work)
     except Refused:
         return None
-    small, inputs = Deployable(work.model, task.example, target), as_arrays(task.example)
-    quantized = small.write(file.with_name("int8.onnx"))
+    small, inputs = target.lower(work.model, task.example), as_arrays(task.example)
+    quantized = small.write(file.with_name(f"int8{target.suffix}"))
     variants = [latency.Variant("before", file), latency.Variant("after", quantized)]
     times = latency.time_together(target, variants, inputs, threads, rounds=20)
     before = latency.by_layer(target, net, file, inputs, threads)
@@ -125,16 +126,17 @@ def again(
     """
     artifact.load(folder / "model.whet")
     target, metric, example = catalog.target(report["target"]), task.measure, task.example
-    file = folder / "model.onnx"
+    file = folder / f"model{target.suffix}"
     if not file.exists():
-        raise BadInput(f"verify {folder}", "it has no model.onnx", "Run whet compress again.")
+        raise BadInput(f"verify {folder}", f"it has no {file.name}", "Run whet compress again.")
     _same_bytes(file, report)
     codes = _codes(target, file, task, threads) if integer else None
     _, batches = task.final()
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="whet-") as scratch:
         model = copy.deepcopy(task.model).eval()
         like = model(*example)
-        original = Deployable(model, example, target).write(Path(scratch) / "original.onnx")
+        before = Path(scratch) / f"original{target.suffix}"
+        original = target.lower(model, example).write(before)
         variants = [latency.Variant("original", original), latency.Variant("compressed", file)]
         times = latency.time_together(target, variants, as_arrays(example), threads, rounds)
         now: dict[str, dict[str, Any]] = {}
@@ -163,6 +165,12 @@ def again(
 
 def _codes(target: Target, file: Path, task: Task, threads: int) -> dict[str, Any]:
     """How many of the runtime's int8 codes integer-only inference shares, on real examples."""
+    if target.suffix != Target.suffix:
+        raise BadInput(
+            f"compare the int8 codes of {file}",
+            f"the codes inside a {target.suffix} file cannot be read out",
+            "Leave --integer out, or compress for onnxruntime.",
+        )
     splits = (task.validation, task.test, task.statistics(), [(task.example, None)])
     batches = next(split for split in splits if split is not None)
     columns = [as_arrays(as_arguments(x)) for x, _ in limited(batches, CODE_EXAMPLES)]

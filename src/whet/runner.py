@@ -32,7 +32,8 @@ from whet.measure.signature import signature
 from whet.recipe import Recipe
 from whet.release import VERSION
 from whet.report.page import page
-from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.lowered import Lowered
+from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 from whet.task import Batches, Task, batch_size, tensors_in
 from whet.task import seed as seed_batches
@@ -240,7 +241,7 @@ def settings_of(options: dict[str, Any]) -> Settings:
 
 
 def targets_of(name: str) -> list[Target]:
-    """The target called `name`, or for "auto" all that are installed.
+    """The target called `name`, or for "auto" all installed ones that run the same file.
 
     Raises:
         BadInput: there is none of that name.
@@ -248,7 +249,7 @@ def targets_of(name: str) -> list[Target]:
     """
     if name != "auto":
         return [catalog.target(name)]
-    found = catalog.present()
+    found = [each for each in catalog.present() if each.suffix == Target.suffix]
     if not found:
         raise TargetFailed(
             "choose a target", "no runtime is installed", "Run: pip install onnxruntime."
@@ -277,7 +278,7 @@ class _Run:
         self.notes: list[str] = []
         self.said: dict[str, Any] = {}
         self.workspace = settings.workspace
-        self.lowered: tuple[nn.Module, Path, Deployable] | None = None
+        self.lowered: tuple[nn.Module, Path, Lowered] | None = None
         self.encoded: tuple[nn.Module, bytes] | None = None
 
     # -- the steps ---------------------------------------------------------------------------
@@ -382,11 +383,12 @@ class _Run:
 
     # -- readings ----------------------------------------------------------------------------
 
-    def _lower(self, model: nn.Module, stem: str) -> tuple[Path, Deployable]:
-        """Write the .onnx file of a network, or find it: the last step is read and then proved."""
+    def _lower(self, model: nn.Module, stem: str) -> tuple[Path, Lowered]:
+        """Write the file of a network, or find it: the last step is read and then proved."""
         if self.lowered is None or self.lowered[0] is not model:
-            net = Deployable(model, self.task.example, self.target)
-            self.lowered = model, net.write(self.folder / f"{stem}.onnx"), net
+            net = self.target.lower(model, self.task.example)
+            file = self.folder / f"{stem}{self.target.suffix}"
+            self.lowered = model, net.write(file), net
         return self.lowered[1:]
 
     def _encode(self, model: nn.Module) -> bytes:
@@ -541,7 +543,7 @@ class _Run:
         words = ", ".join(f"{name} {ms:.3f} ms" for name, ms in found.items())
         self.notes.append(f"the compressed network takes {words}; {best} is taken.")
 
-    def _gate(self, file: Path, net: Deployable, model: nn.Module) -> dict[str, Any]:
+    def _gate(self, file: Path, net: Lowered, model: nn.Module) -> dict[str, Any]:
         splits = (self.task.validation, self.task.test, self.task.statistics())
         batches = next((split for split in splits if split is not None), None)
         if batches is None:
@@ -607,7 +609,7 @@ class _Run:
             ratios["drop"] = self.task.measure.drop(*values)
         return ratios
 
-    def _layers(self, model: nn.Module, file: Path, net: Deployable) -> list[dict[str, Any]]:
+    def _layers(self, model: nn.Module, file: Path, net: Lowered) -> list[dict[str, Any]]:
         old, new = (cost.layers(m, self.task.example) for m in (self.parent, model))
         times = [
             latency.shares(self.target, n, f, self.inputs, self.settings.threads)

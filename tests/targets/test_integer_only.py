@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-from whet import catalog
+from whet import catalog, runner
 from whet.errors import TargetFailed
 from whet.measure.int8_codes import Agreement, Tally, check, exact, revealed, torch_codes
 from whet.optional import installed
@@ -46,7 +46,7 @@ def images(seed: int, rows: int = ROWS) -> torch.Tensor:
 
 def lowered(task: Task, target: Target, rows: int = ROWS) -> tuple[nn.Module, Deployable]:
     """The int8 network of a task and its file for batches of `rows`."""
-    work = Work(copy.deepcopy(task.model), task.model, task, targets=catalog.present())
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=runner.targets_of("auto"))
     StaticInt8(examples=32).apply(work)
     model = work.model.eval()
     return model, Deployable(model, (images(0, rows),), target)

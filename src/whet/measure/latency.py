@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.lowered import Lowered
+from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 
 SAME = 0.03  # ratios within this of 1 are called the same
@@ -88,7 +89,7 @@ def between(
     """`compare` of two networks' deployed files, the second over the first."""
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
         variants = [
-            Variant(n, Deployable(net, example, target).write(Path(folder) / f"{n}.onnx"))
+            Variant(n, target.lower(net, example).write(Path(folder) / f"{n}{target.suffix}"))
             for n, net in zip(("before", "after"), nets, strict=True)
         ]
         times = time_together(target, variants, as_arrays(example), threads, rounds)
@@ -119,7 +120,7 @@ def verdict(low: float, high: float) -> str:
 
 def by_layer(
     target: Target,
-    net: Deployable,
+    net: Lowered,
     file: Path,
     inputs: Sequence[np.ndarray],
     threads: int,
@@ -140,7 +141,7 @@ def by_layer(
 
 
 def shares(
-    target: Target, net: Deployable, file: Path, inputs: Sequence[np.ndarray], threads: int
+    target: Target, net: Lowered, file: Path, inputs: Sequence[np.ndarray], threads: int
 ) -> dict[str, float]:
     """The share of the measured time that each layer takes; they sum to one or less."""
     found = by_layer(target, net, file, inputs, threads)

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import Tensor, nn
 
 from whet.errors import Disagrees
 from whet.numerics import relative
-from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.lowered import Lowered
+from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 from whet.task import Batches, Metric, as_arguments, batch_size, limited, tensors_in
 
@@ -122,7 +122,7 @@ def measure(
 def gate(
     target: Target,
     file: Path,
-    net: Deployable,
+    net: Lowered,
     model: nn.Module,
     batches: Batches,
     *,
@@ -169,20 +169,19 @@ def gate(
     }
 
 
-def tolerated(net: Deployable) -> float:
+def tolerated(net: Lowered) -> float:
     """How far outputs may be from PyTorch's."""
     return TOLERANCE_INTEGER if net.quantized or net.rounding else TOLERANCE_FLOAT
 
 
-def first_difference(target: Target, net: Deployable, threads: int) -> str:
+def first_difference(target: Target, net: Lowered, threads: int) -> str:
     """The module whose output is the first that differs between PyTorch and the runtime.
 
     Inner values become outputs of a temporary copy of the file; both sides run the example.
     """
-    proto, names = net.revealed()
     with tempfile.TemporaryDirectory(prefix="whet-") as folder:
-        path = Path(folder) / "revealed.onnx"
-        onnx.save(proto, str(path))
+        path = Path(folder) / f"revealed{target.suffix}"
+        names = net.reveal(path)
         result = target.job(
             "run",
             as_arrays(net.example),
@@ -193,7 +192,7 @@ def first_difference(target: Target, net: Deployable, threads: int) -> str:
         )
     values = net.values(net.example)
     tolerance = tolerated(net)
-    inner = result.outputs[len(net.proto.graph.output) :]
+    inner = result.outputs[len(result.outputs) - len(names) :]
     for name, got in zip(names, inner, strict=True):
         if name in values and relative(torch.from_numpy(got), values[name]) > tolerance:
             return f"{net.path_of(name) or 'the network itself'} ({name})"

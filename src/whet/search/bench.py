@@ -30,7 +30,7 @@ from whet.search.costs import Profile
 from whet.search.menu import Attempt, Menu, Tries, counts, draw
 from whet.search.plan import Plan
 from whet.search.wish import Wish, finishing
-from whet.targets.onnxfile import Deployable, as_arrays
+from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 from whet.task import Task, evaluate, limited
 from whet.technique import Technique, Work
@@ -145,8 +145,8 @@ class Bench:
         inputs, threads = as_arrays(self.task.example), self.settings.threads
         with tempfile.TemporaryDirectory(prefix="whet-") as name:
             folder = Path(name)
-            net = Deployable(work.model, self.task.example, target)
-            file, original = net.write(folder / "plan.onnx"), self._original(target)
+            net = target.lower(work.model, self.task.example)
+            file, original = net.write(folder / f"plan{target.suffix}"), self._original(target)
             times = latency.by_layer(target, net, file, inputs, threads)
             variants = [latency.Variant("before", original), latency.Variant("after", file)]
             both = latency.time_together(target, variants, inputs, threads, 20)
@@ -159,9 +159,9 @@ class Bench:
 
     def _original(self, target: Target) -> Path:
         """The untouched network's file, written once."""
-        file = self.home / f"original.{target.name}.onnx"
+        file = self.home / f"original.{target.name}{target.suffix}"
         if not file.exists():
-            net = Deployable(self.task.model, self.task.example, target)
+            net = target.lower(self.task.model, self.task.example)
             os.replace(net.write(file.with_name(f"partial.{file.name}")), file)
         return file
 

@@ -22,17 +22,17 @@ import numpy as np
 import onnx
 import torch
 from onnx import ModelProto, TensorProto, helper
-from torch import Tensor, nn
+from torch import nn
 from torch.export import ExportedProgram
-from torch.fx import Interpreter, Node
 
 from whet import packed
 from whet.errors import TargetFailed
 from whet.graph import folding
 from whet.graph.ledger import ledger
-from whet.graph.trace import baked, export, module_path
+from whet.graph.trace import baked, export
 from whet.targets import gates, products, tables
 from whet.targets.integers import rewrite
+from whet.targets.lowered import Lowered
 from whet.targets.onnxgraph import OnnxGraph
 from whet.targets.target import Target
 from whet.task import tensors_in
@@ -54,17 +54,13 @@ def folded(model: nn.Module, example: tuple[Any, ...]) -> nn.Module:
     return twin
 
 
-class Deployable:
-    """A network on its way to a runtime.
+class Deployable(Lowered):
+    """A network as an ONNX file.
 
     Args:
         model: packed or not; unchanged.
         example: the inputs, with the batch size to deploy.
         target: the runtime that will run it.
-
-    Attributes:
-        quantized: how many weights meet quantized inputs.
-        rounding: how many products round what they read, as their kernel multiplies with codes.
 
     Raises:
         TargetFailed: the exporter refused the network.
@@ -97,29 +93,13 @@ class Deployable:
                 )
         return proto, names
 
-    def values(self, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-        """What PyTorch computes at each call of the exported program, by the call's name."""
-        found: dict[str, Tensor] = {}
-
-        class Recorder(Interpreter):
-            def run_node(self, n: Node) -> Any:
-                out = super().run_node(n)
-                if torch.is_tensor(out):
-                    found[n.name] = out
-                return out
-
-        with torch.no_grad():
-            Recorder(self.program.module()).run(*inputs)
-        return found
+    def reveal(self, path: Path) -> list[str]:
+        proto, names = self.revealed()
+        onnx.save(proto, str(path))
+        return names
 
     def owner(self, name: str) -> str | None:
-        """The layer that a runtime's node `name` belongs to, however the runtime decorated it."""
         return self.owners.get(DECORATIONS.sub("", name))
-
-    def path_of(self, name: str) -> str:
-        """The module that makes the call `name`."""
-        nodes = {node.name: node for node in self.program.graph.nodes}
-        return module_path(nodes[name]) if name in nodes else ""
 
 
 def _is_float(value: Any) -> bool:

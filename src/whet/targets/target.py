@@ -6,6 +6,7 @@ every job is a file in, a process, a file out.
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import tempfile
@@ -21,6 +22,9 @@ from whet.targets.launcher import launch
 from whet.targets.processor import Processor
 
 if TYPE_CHECKING:
+    from torch import nn
+
+    from whet.targets.lowered import Lowered
     from whet.targets.onnxgraph import OnnxGraph
 
 INTEGER_OPS = frozenset(
@@ -63,6 +67,7 @@ class Target(ABC):
             grid: activations u8 per tensor, weights s8 and symmetric per output channel.
         widths: bits of codes that it multiplies with where they stand as integers in its files and
             are a grid's in a linear layer; none where all codes become floats (see `tables`).
+        suffix: how the name of its deployable file ends.
         rules: rewrites of the graph into what it runs faster, after those that hold for every
             runtime (`integers`).
     """
@@ -74,7 +79,21 @@ class Target(ABC):
     facts: ClassVar[Mapping[str, str]] = {}
     integer_ops: ClassVar[frozenset[str]] = INTEGER_OPS
     widths: ClassVar[frozenset[int]] = frozenset()
+    suffix: ClassVar[str] = ".onnx"
     rules: ClassVar[Sequence[Callable[[OnnxGraph], None]]] = ()
+
+    def lower(self, model: nn.Module, example: tuple[Any, ...]) -> Lowered:
+        """The network on its way into a file of this runtime; in our process, not in the other.
+
+        Args:
+            model: packed or not; unchanged.
+            example: the inputs, with the batch size to deploy.
+
+        Raises:
+            TargetFailed: the network has no form in such a file.
+        """
+        # the subprocess imports this module, but never torch
+        return importlib.import_module("whet.targets.onnxfile").Deployable(model, example, self)
 
     @abstractmethod
     def open(self, path: Path, threads: int, precision: str) -> Session:
