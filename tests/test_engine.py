@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from whet.engine import DEATHS, Here, Processes, Ray, engine, processors
+from whet.engine import DEATHS, Here, Processes, Ray, engine, pickled, processors
 from whet.errors import BadInput, WorkersDied
 from whet.optional import installed
 
@@ -106,6 +106,24 @@ def test_what_cannot_be_sent_is_said():
         list(many.each(locked, [1, 2]))
     with Here() as alone:
         assert dict(alone.each(locked, [1])) == {0: 1}
+
+
+class Total:
+    """Batches that are views of one tensor."""
+
+    def __init__(self):
+        self.batches = torch.arange(100_000.0).split(100)
+
+    def __call__(self, k):
+        return float(self.batches[k].sum())
+
+
+@pytest.mark.parametrize("made", MANY)
+def test_batches_that_share_a_tensor_are_sent_as_one(made):
+    work = Total()
+    assert len(pickled(work)) < 2 * 4 * 100_000
+    with made() as many:
+        assert dict(many.each(work, [0, 999])) == {0: work(0), 1: work(999)}
 
 
 def test_engines_by_name():

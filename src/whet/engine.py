@@ -10,6 +10,7 @@ is replaced and its job done again.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 import cloudpickle
 import loky
@@ -173,7 +174,7 @@ class _Actor:
     """One worker of a Ray cluster."""
 
     def __init__(self, sent: bytes) -> None:
-        self.work = cloudpickle.loads(sent)
+        self.work = unpickled(io.BytesIO(sent))
 
     def do(self, job: Any) -> Any:
         """One job."""
@@ -217,14 +218,22 @@ def pickled(work: Work) -> bytes:
     Raises:
         BadInput: it holds what cannot be sent.
     """
+    sent = io.BytesIO()
     try:
-        return cloudpickle.dumps(work)
+        # torch's own writer: batches that are views of one tensor hold it once
+        torch.save(work, sent, pickle_module=cloudpickle)
     except Exception as error:  # a user's object may raise anything here
         raise BadInput(
             "send the task to other processes",
             f"it cannot be pickled ({type(error).__name__}: {error})",
             "Measure in this one: --workers 1, workers=1.",
         ) from error
+    return sent.getvalue()
+
+
+def unpickled(sent: IO[bytes]) -> Work:
+    """What `pickled` wrote, in a process of ours."""
+    return torch.load(sent, weights_only=False)
 
 
 def died(left: int) -> WorkersDied:
@@ -249,7 +258,8 @@ def one_thread() -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def _read(sent: str, stamp: int) -> Work:
-    return cloudpickle.loads(Path(sent).read_bytes())
+    with Path(sent).open("rb") as file:
+        return unpickled(file)
 
 
 def _do(sent: str, job: Any) -> Any:
