@@ -90,7 +90,8 @@ class ExecuTorch(Target):
     suffix: ClassVar[str] = ".pte"
     facts: ClassVar[Mapping[str, str]] = {
         "int8 static": "conv, linear, adds between two grids: s8 activations per tensor, s8 "
-        "weights per channel; a layer whose output is a float, as the last one's, runs in float32",
+        "weights per channel; a layer whose output is a float, as the last one's or those of a "
+        "transformer, runs in float32",
         "other codes": "weights on tables or few bits are written as floats: neither bytes nor "
         "time; in an int8 layer each takes a byte",
         "bf16": "none",
