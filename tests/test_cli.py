@@ -17,6 +17,7 @@ import torch
 
 import whet
 from whet import catalog, cli, runner
+from whet.engine import Processes
 from whet.errors import BadInput
 from whet.search import bench
 from whet.search import run as searching
@@ -145,6 +146,21 @@ def test_task_file_never_takes_the_place_of_another_module(here: Path):
     (here / "json.py").write_text(TASK)
     assert isinstance(cli.load_task(f"{here}/json.py:task"), whet.Task)
     assert sys.modules["json"] is json
+
+
+def test_what_a_task_file_defines_travels_to_other_processes(here: Path):
+    (here / "own.py").write_text(
+        "import dataclasses, torch, t\n"
+        "class Net(torch.nn.Linear): pass\n"
+        "def task(): return dataclasses.replace(t.task(), model=Net(2, 3))\n"
+    )
+    model = cli.load_task("own.py:task").model
+    assert type(model).__name__ == "Net"
+    with Processes(1, after=0.0) as other:
+        found = dict(other.each(lambda x, model=model: (os.getpid(), model(x)), [torch.ones(1, 2)]))
+    pid, y = found[0]
+    assert pid != os.getpid()
+    assert torch.equal(y, model(torch.ones(1, 2)))
 
 
 def test_dotted_task_is_found_from_the_current_folder(here: Path):

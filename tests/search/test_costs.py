@@ -3,7 +3,7 @@
 import pytest
 
 from whet.probe import Option
-from whet.search.costs import Costs, Profile, combined
+from whet.search.costs import Costs, Profile, _line, combined
 from whet.search.menu import Offer
 from whet.techniques.prune.l1filters import L1Filters
 
@@ -44,6 +44,20 @@ def test_predictions_are_exact_where_the_runtime_is_what_the_model_says():
     assert said["latency"] == pytest.approx(want.latency)
     assert said["size"] == pytest.approx(want.bytes)
     assert said["macs"] == pytest.approx(4250 / 5000)
+
+
+@pytest.mark.parametrize("y", [[1.0, 1.7, 4.4, 60.0], [1.0, 2.5, 6.0, 150.0]])
+def test_the_line_has_the_least_relative_errors(y):
+    """So that slow networks do not spoil what is said of fast ones."""
+    x = [1.0, 2.0, 4.0, 100.0]
+    a, b = _line(x, y)
+
+    def errors(a, b):
+        return sum(((a * each + b) / of - 1) ** 2 for each, of in zip(x, y, strict=True))
+
+    nearby = [(a * 1.01, b), (a * 0.99, b)]
+    nearby += [(a, b * 1.01), (a, b * 0.99)] if b else []
+    assert all(errors(a, b) < errors(*other) for other in nearby)
 
 
 def test_the_bias_multiplies():

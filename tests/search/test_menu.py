@@ -57,11 +57,11 @@ def test_a_form_that_saves_bytes_is_counted_as_it_is_deployed():
 class Slow(Tries):
     """Every try takes so many seconds, by technique."""
 
-    def __init__(self, patience, seconds, workers=1):
+    def __init__(self, patience, seconds, workers=1, clock=None):
         task = tiny_task("plain_cnn")
         known = answers(task.model, list(task.validation), 16)
         attempt = Attempt(task, known, counts(task.model, task.example), [], 0)
-        super().__init__(attempt, Rows(), Here(), patience, lambda *_: None)
+        super().__init__(attempt, Rows(), Here(), patience, lambda *_: None, clock)
         self.engine.workers = workers
         self.seconds, self.seen = seconds, []
 
@@ -145,3 +145,38 @@ def test_the_slow_one_of_two_alike_does_not_keep_the_other_from_being_tried():
     again = drawn(Slow(room, seconds | {better: 1.0 + 1 / room})).verdicts
     assert again[other] == "taken"
     assert again[better].startswith("its tries would take")
+
+
+def test_what_saves_operations_and_no_time_is_turned_down_by_the_clock():
+    asked = []
+
+    def clock(step):
+        asked.append(step)
+        return 1.3 if step.name == "Cp" else 0.6
+
+    tries = Slow(1e6, {"L1Filters": 1.0, "Cp": 1.0}, clock=clock)
+    menu = drawn(tries)
+    assert menu.verdicts["Cp"] == "it saves operations and no time: 1.30x"
+    assert menu.verdicts["L1Filters"] == "taken"
+    assert {name for name, _ in menu.offers} == {"L1Filters"}
+    assert sorted(step.name for step in asked) == ["Cp", "L1Filters"]
+    assert all(not step.only for step in asked)  # everywhere at once
+
+
+def test_who_saves_more_time_for_what_it_disturbs_is_tried_first():
+    seconds = {"L1Filters": 1.0, "Cp": 1.0}
+    both = Slow(1e6, seconds)
+    room = max(both.all(L1Filters), both.all(Cp))  # for one of them
+    for fast, slow in (("Cp", "L1Filters"), ("L1Filters", "Cp")):
+        tries = Slow(
+            room, seconds, clock=lambda step, fast=fast: 1e-9 if step.name == fast else 0.97
+        )
+        verdicts = drawn(tries).verdicts
+        assert verdicts[fast] == "taken"
+        assert verdicts[slow].endswith("which others are worth more")
+
+
+def test_what_saves_bytes_need_not_save_time_where_bytes_count():
+    tries = Slow(1e6, {"RoundToNearest": 1.0}, clock=lambda step: 1.0)
+    verdicts = draw(tries, {"macs", "bytes"}, ["RoundToNearest"]).verdicts
+    assert verdicts == {"RoundToNearest": "taken"}

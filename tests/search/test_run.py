@@ -10,12 +10,14 @@ from typing import ClassVar
 import pytest
 
 import whet
-from whet.engine import Processes
+from whet.engine import Here, Processes
 from whet.errors import BadInput
+from whet.measure.goals import Goals
 from whet.report import finding
 from whet.report.page import page
+from whet.runner import Settings
 from whet.search import bench, menu, run
-from whet.search.wish import PRESETS
+from whet.search.wish import PRESETS, Wish
 from whet.testing import tiny_task
 
 QUICK = {"rounds": 5, "techniques": ["L1Filters", "Magnitude", "Svd"], "finishes": ["float"]}
@@ -252,3 +254,25 @@ def test_as_little_as_a_drop_allows():
     for trial in said["trials"]:
         if trial["predicted"]:
             assert trial["predicted"]["macs"] == pytest.approx(trial["macs"], rel=0.2)
+
+
+def test_the_time_left_is_told(monkeypatch):
+    """A search that is asked for a time says what is left of it, and when it is over."""
+    monkeypatch.setattr(run, "clock", now := Moments())
+    told: list[str] = []
+    task = tiny_task("plain_cnn")
+    wish = Wish(Goals(drop="1pp"), "latency", 1, 0, 1.0, 600.0, None, ["float"])
+    settings = Settings(workspace=Path("unused"), tell=lambda what, done, of: told.append(what))
+    one = run.Search(task, wish, settings, Here())
+    for now.now in (0.0, 300.0, 601.0):
+        one.settings.tell("try Svd", 1, 2)
+    assert told == ["try Svd; 10 min left", "try Svd; 5 min left", "try Svd; over time"]
+
+
+class Moments:
+    """A clock that stands where it is put."""
+
+    now = 0.0
+
+    def monotonic(self):
+        return self.now

@@ -67,6 +67,12 @@ def test_several_go_over_the_rounds(apply, rounds):
     assert torch.equal(outputs(work.model, task), outputs(task.model, task))
 
 
+def test_where_all_go_nothing_is_looked_at(apply, monkeypatch):
+    monkeypatch.setattr(DropBlocks, "_costs", lambda *_: pytest.fail("there is no choice"))
+    work = apply(planted("3", "6"), DropBlocks(amount=1.0, only=("3", "6"), rounds=3, calibrate=0))
+    assert gone(work.model) == {"3", "6"}
+
+
 def loss(model, task, examples=1000):
     x, y = (torch.cat(parts)[:examples] for parts in zip(*task.validation, strict=True))
     with torch.no_grad():

@@ -7,6 +7,7 @@ from types import MappingProxyType, ModuleType
 import numpy as np
 
 from whet.codecs import contexts, curves, entropy, planes, raw
+from whet.codecs.rans import fits
 
 CODECS: MappingProxyType[str, ModuleType] = MappingProxyType(
     {codec.NAME: codec for codec in (raw, entropy, contexts, curves, planes)}
@@ -30,8 +31,7 @@ def smallest(values: np.ndarray, bits: int) -> tuple[str, bytes]:
         return plain(values, bits)
     codec = curves if bits <= curves.MOST_BITS else planes
     coded = codec.encode(values, bits)
-    fits = values.size <= entropy.VALUES_A_BYTE * len(coded)
-    if fits and len(coded) < raw.packed_size(values.size, bits):
+    if fits(values.size, len(coded)) and len(coded) < raw.packed_size(values.size, bits):
         return codec.NAME, coded
     return plain(values, bits)
 
@@ -42,7 +42,7 @@ def thorough(values: np.ndarray, bits: int) -> tuple[str, bytes]:
     if values.size < FEW:
         return name, best
     coded = entropy.encode(values, bits)
-    if values.size <= entropy.VALUES_A_BYTE * len(coded) and len(coded) < len(best):
+    if fits(values.size, len(coded)) and len(coded) < len(best):
         name, best = entropy.NAME, coded
     if bits > contexts.MOST_BITS or values.size > contexts.MOST_VALUES:
         return name, best

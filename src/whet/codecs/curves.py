@@ -48,12 +48,11 @@ from whet.codecs.entropy import (
     MOST_K,
     SMALL,
     STEPS,
-    VALUES_A_BYTE,
     entropy,
     unsigned,
     weights,
 )
-from whet.codecs.rans import Coded, damaged
+from whet.codecs.rans import Coded, claimed, damaged
 
 NAME = "curve"
 HEAD, LENGTH, TABLE = struct.Struct("<BH"), struct.Struct("<I"), struct.Struct("<BBBB")
@@ -138,9 +137,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: i
     Raises:
         Damaged: it is not what `encode` writes for such values.
     """
-    count, kind, data = math.prod(shape), np.dtype(dtype), memoryview(data)
-    if len(data) < HEAD.size or not 0 < count <= VALUES_A_BYTE * len(data):
-        raise damaged(f"{count} values cannot stand in {len(data)} bytes")
+    (count, data), kind = claimed(data, shape, HEAD.size), np.dtype(dtype)
     if not 1 <= bits <= MOST_BITS or kind.kind not in "iub":
         raise damaged(f"{dtype} values of {bits} bits are not coded by curves")
     if data[0] >> 4 == PACKED:

@@ -31,14 +31,13 @@ from typing import NamedTuple
 import numpy as np
 
 from whet.codecs import rans, raw
-from whet.codecs.rans import Coded, damaged
+from whet.codecs.rans import Coded, claimed, damaged
 
 NAME = "entropy"
 HEAD = struct.Struct("<BBBBHHHHII")
 MOST_UPPER, MOST_K, MOST_GROUPED = 12, 15, 2
 SMALL = 1 << 18  # values of few bits that are tried one by one as well
 MANTISSA = {"float16": 10, "float32": 23, "float64": 52}
-VALUES_A_BYTE = 1 << 16  # no tensor claims more values than so many for each of its bytes
 STEPS = (1, 2, 4, 8)
 # of differences 0, 1, -1, 2, -2, ...: each pair is about half as likely as the one before
 DIFFERENCES = np.array([1 << max(13 - (z + 1) // 2, 0) for z in range(2 * (8 * MOST_K + 1) + 1)])
@@ -100,9 +99,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: i
     Raises:
         Damaged: it is not what `encode` writes for such values.
     """
-    count, kind, data = math.prod(shape), np.dtype(dtype), memoryview(data)
-    if len(data) < HEAD.size or count > VALUES_A_BYTE * len(data):
-        raise damaged(f"{count} values cannot stand in {len(data)} bytes")
+    (count, data), kind = claimed(data, shape, HEAD.size), np.dtype(dtype)
     if HEAD.unpack_from(data)[3] == 0:
         wide = np.dtype(f"u{kind.itemsize}")
         return _decoded(data, count, wide, bits).view(kind).reshape(shape)

@@ -18,15 +18,14 @@ Source: Huffman 1952, A Method for the Construction of Minimum-Redundancy Codes.
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 
 import numpy as np
 
 from whet.codecs import curves
-from whet.codecs.entropy import VALUES_A_BYTE, unsigned
-from whet.codecs.rans import damaged
+from whet.codecs.entropy import unsigned
+from whet.codecs.rans import claimed, damaged
 
 NAME = "planes"
 HEAD, LENGTH = struct.Struct("<BH"), struct.Struct("<I")
@@ -69,9 +68,7 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: i
     Raises:
         Damaged: it is not what `encode` writes for such values.
     """
-    count, kind, data = math.prod(shape), np.dtype(dtype), memoryview(data)
-    if len(data) < HEAD.size or not 0 < count <= VALUES_A_BYTE * len(data):
-        raise damaged(f"{count} values cannot stand in {len(data)} bytes")
+    (count, data), kind = claimed(data, shape, HEAD.size), np.dtype(dtype)
     turn, marks = HEAD.unpack_from(data)
     ways = [marks >> 2 * p & 3 for p in range(kind.itemsize)]
     if turn >= 8 or marks >> 2 * kind.itemsize or kind.kind == "b":

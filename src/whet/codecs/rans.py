@@ -12,6 +12,7 @@ Source: Duda 2013, Asymmetric numeral systems; Giesen 2014, Interleaved entropy 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from itertools import repeat
 from typing import NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from whet.errors import Damaged
 
 LOW, WORD = 1 << 16, 16  # the smallest state, and the bits of a word
+VALUES_A_BYTE = 1 << 16  # no tensor claims more values than so many for each of its bytes
 
 
 class Coded(NamedTuple):
@@ -155,6 +157,23 @@ def _tables(f: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """f and c of each symbol, through all tables."""
     first = np.cumsum(f, axis=-1) - f
     return f.reshape(-1).astype(np.uint32), first.reshape(-1).astype(np.uint32)
+
+
+def fits(count: int, size: int) -> bool:
+    """Whether a tensor of so many values may stand in so many coded bytes."""
+    return 0 < count <= VALUES_A_BYTE * size
+
+
+def claimed(data: bytes | memoryview, shape: tuple[int, ...], head: int) -> tuple[int, memoryview]:
+    """How many values coded bytes, behind a head of so many, are said to hold; and the bytes.
+
+    Raises:
+        Damaged: they cannot.
+    """
+    count = math.prod(shape)
+    if len(data) < head or not fits(count, len(data)):
+        raise damaged(f"{count} values cannot stand in {len(data)} bytes")
+    return count, memoryview(data)
 
 
 def damaged(found: str) -> Damaged:
