@@ -58,7 +58,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     known = set(sys.modules)
     yield tmp_path
-    for name in [n for n in sys.modules if n not in known and n in ("t", "u", "broken", "pkg")]:
+    for name in [
+        n for n in sys.modules if n not in known and n in ("t", "u", "broken", "pkg", "whet_task_t")
+    ]:
         del sys.modules[name]
 
 
@@ -149,12 +151,13 @@ def test_task_file_never_takes_the_place_of_another_module(here: Path):
 
 
 def test_what_a_task_file_defines_travels_to_other_processes(here: Path):
-    (here / "own.py").write_text(
-        "import dataclasses, torch, t\n"
-        "class Net(torch.nn.Linear): pass\n"
-        "def task(): return dataclasses.replace(t.task(), model=Net(2, 3))\n"
+    cli.load_task("t.py:task")
+    (here / "sub").mkdir()
+    # a second t, which other processes cannot find by its name
+    (here / "sub" / "t.py").write_text(
+        TASK + "class Net(nn.Linear): pass\ndef own(): return but(model=Net(2, 3))\n"
     )
-    model = cli.load_task("own.py:task").model
+    model = cli.load_task("sub/t.py:own").model
     assert type(model).__name__ == "Net"
     with Processes(1, after=0.0) as other:
         found = dict(other.each(lambda x, model=model: (os.getpid(), model(x)), [torch.ones(1, 2)]))

@@ -145,8 +145,8 @@ class Ray(Engine):
 
     def each(self, work: Work, jobs: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         sent = self.ray.put(pickled(work))
-        # an actor that dies is started anew, and asked again what it had not answered
-        actor = self.ray.remote(num_cpus=1, max_restarts=DEATHS, max_task_retries=DEATHS)(_Actor)
+        # an actor that dies is started anew, and asked again so often what it had not answered
+        actor = self.ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=DEATHS)(_Actor)
         idle = [actor.remote(sent) for _ in range(min(self.workers, len(jobs)))]
         waiting, busy = list(enumerate(jobs)), {}
         while waiting or busy:

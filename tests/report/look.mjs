@@ -24,6 +24,7 @@ for (const file of pages) {
   for (const width of [1200, 390]) {
     await page.setViewport({ width, height: 900 });
     await page.goto(pathToFileURL(file).href);
+    await page.evaluate(() => document.querySelectorAll('details').forEach((each) => { each.open = true; }));
     seen.widths[width] = await page.evaluate(() => document.documentElement.scrollWidth);
   }
   seen.page = await page.evaluate(() => {

@@ -19,7 +19,6 @@ svg.trials text{font-size:11px;fill:var(--soft)}
 svg.trials line{stroke:var(--line)}
 svg.trials circle{fill:var(--before)}svg.trials circle.final{fill:var(--after)}
 svg.trials circle.taken{fill:var(--good);stroke:var(--ink);stroke-width:2}
-#search .scroll{overflow-x:auto}
 table.offers{border-collapse:separate;border-spacing:2px;width:auto;font-size:.8rem}
 table.offers th{font-weight:500;color:var(--soft);white-space:nowrap}
 table.offers td,table.offers th{padding:3px 8px;text-align:right;border:0}
