@@ -33,7 +33,7 @@ for (const file of pages) {
     return {
       headings: all('h2').filter(area).map((each) => each.textContent),
       dots: all('svg.trials circle').map((each) => [area(each) > 0, each.textContent]),
-      cells: all('td.offer').map((each) => [each.textContent, getComputedStyle(each).backgroundColor]),
+      cells: all('td.cell').map((each) => [each.textContent, getComputedStyle(each).backgroundColor]),
       outlined: all('td.got').map((each) => getComputedStyle(each).outlineStyle),
       buttons: all('button').filter(area).length,
     };

@@ -59,11 +59,11 @@ def test_the_heat_map_has_a_cell_for_each_offer_and_marks_what_was_taken(said):
     head, first, second = table.findall("tr")
     assert [cell.text for cell in head] == ["place", "amount 0.5", "amount 0.75"]
     place, taken, nothing = first
-    assert (place.text, taken.get("class"), nothing.text) == ("a", "offer got", "–")
+    assert (place.text, taken.get("class"), nothing.text) == ("a", "cell got", "–")
     assert taken.get("style") == "--heat:1.000"
     assert "25.0 % of the MACs" in taken.get("title")
     assert second[2].get("style") == "--heat:0.000"
-    assert second[2].get("class") == "offer"
+    assert second[2].get("class") == "cell"
 
 
 def test_predicted_stands_beside_measured(said):

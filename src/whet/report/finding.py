@@ -12,21 +12,26 @@ from whet.report.table import dig, percent
 Search = Mapping[str, Any]
 WIDTH, HEIGHT, EDGE = 640, 300, 44
 
-STYLE = """
+HEAT = """
+td.cell{text-align:right;border-radius:4px;
+background:color-mix(in srgb,var(--bad) calc(var(--heat)*70%),transparent)}
+table.heat{border-collapse:separate;border-spacing:3px;width:auto}
+table.heat th{text-align:right;font-weight:500;color:var(--soft);white-space:nowrap}
+table.heat td,table.heat th{padding:4px 8px}
+table.heat td:first-child,table.heat th:first-child{text-align:left}
+"""  # of tables whose cells are the redder the more they lose
+STYLE = (
+    HEAT
+    + """
 #search h3,#search details{margin-top:18px}
 svg.trials{display:block;width:100%;max-width:720px;height:auto}
 svg.trials text{font-size:11px;fill:var(--soft)}
 svg.trials line{stroke:var(--line)}
 svg.trials circle{fill:var(--before)}svg.trials circle.final{fill:var(--after)}
 svg.trials circle.taken{fill:var(--good);stroke:var(--ink);stroke-width:2}
-table.offers{border-collapse:separate;border-spacing:2px;width:auto;font-size:.8rem}
-table.offers th{font-weight:500;color:var(--soft);white-space:nowrap}
-table.offers td,table.offers th{padding:3px 8px;text-align:right;border:0}
-table.offers td:first-child,table.offers th:first-child{text-align:left}
-td.offer{border-radius:4px;
-background:color-mix(in srgb,var(--bad) calc(var(--heat)*70%),transparent)}
-table.offers td.got{outline:2px solid var(--good);font-weight:600}
+td.got{outline:2px solid var(--good);font-weight:600}
 """
+)
 MILD = 1e-4  # a deviation that has no colour yet; 1 has all of it
 
 
@@ -145,7 +150,7 @@ def _cell(option: Mapping[str, Any] | None, found: Search) -> str:
         return "<td>–</td>"
     heat = 1 - math.log10(max(option["deviation"], MILD)) / math.log10(MILD)
     saved = percent(-option["macs"] / (found["macs"] or 1))
-    kind = "offer got" if option["taken"] else "offer"
+    kind = "cell got" if option["taken"] else "cell"
     title = f"{option['place']}, {_strength(option)}: saves {saved} of the MACs"
     return (
         f'<td class="{kind}" style="--heat:{min(max(heat, 0), 1):.3f}" title="{escape(title)}">'
@@ -173,7 +178,7 @@ def _line(tag: str, cells: Sequence[str]) -> str:
 def _foldable(head: str, lines: Sequence[str]) -> str:
     """A table under its heading, closed where it is long."""
     state = " open" if len(lines) <= 12 else ""
-    body = f'<div class="scroll"><table class="offers">{"".join(lines)}</table></div>'
+    body = f'<div class="scroll"><table class="heat">{"".join(lines)}</table></div>'
     return f"<details{state}><summary>{escape(head)}</summary>{body}</details>"
 
 

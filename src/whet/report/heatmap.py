@@ -9,24 +9,21 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from whet.report.finding import HEAT
 from whet.report.page import document
 
 Found = Mapping[str, Any]
 CURVE_WIDTH, CURVE_HEIGHT = 120, 28
 SCALE = 0.10  # a drop of ten points of a percentage has the full colour; else a tenth of the metric
 
-MORE = """
-td.cell{text-align:right;border-radius:4px;
-background:color-mix(in srgb,var(--bad) calc(var(--heat)*70%),transparent)}
+MORE = (
+    HEAT
+    + """
 td.gain{background:color-mix(in srgb,var(--good) 22%,transparent)}
 svg.curve{display:block}
 svg.curve polyline{fill:none;stroke:var(--after);stroke-width:2}
-.scroll{overflow-x:auto}
-table.heat{border-collapse:separate;border-spacing:3px}
-table.heat th{text-align:right;font-weight:500;color:var(--soft);white-space:nowrap}
-table.heat td,table.heat th{padding:4px 8px}
-table.heat td:first-child,table.heat th:first-child{text-align:left}
 """
+)
 
 
 def by_place(found: Found) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
