@@ -2,6 +2,7 @@
 
     python benchmarks/coupling.py                        # ResNets of 56 to 1000 layers
     python benchmarks/coupling.py --networks             # the networks of benchmarks/coverage
+    python benchmarks/coupling.py 56 --parts             # what it is made of, in one thread
 
 One call cuts half of the channels of everything that can be cut: whet by L1Filters, which traces,
 couples, cuts and proves in numbers that what was cut is what was masked; Torch-Pruning, where it is
@@ -31,9 +32,10 @@ from vs_torch_pruning import with_convolutions
 
 from whet import catalog, optional
 from whet.demo import ResNet
+from whet.engine import one_thread
 from whet.errors import Refused
 from whet.graph import channels
-from whet.graph.trace import macs, trace
+from whet.graph.trace import duplicate, macs, trace
 from whet.task import Task
 from whet.technique import Work
 
@@ -46,6 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("depths", type=int, nargs="*", default=DEPTHS)
     parser.add_argument("--networks", action="store_true")
+    parser.add_argument("--parts", action="store_true")
     options = parser.parse_args()
     ours(ResNet(8).eval(), image())  # torch loads its exporter on first use
     if options.networks:
@@ -54,6 +57,11 @@ def main() -> None:
         for family in (cnn, mobile, dense):
             for name, make in family.NETWORKS.items():
                 print(row(name, make()), flush=True)
+        return
+    if options.parts:
+        with one_thread():
+            for depth in options.depths:
+                print(parts(depth), flush=True)
         return
     print("| layers | groups | trace s | couple s | cut s | whet ms per layer | Torch-Pruning s |")
     print("|---|---|---|---|---|---|---|")
@@ -78,6 +86,33 @@ def scaling(depth: int) -> str:
         f"| {depth} | {len(groups)} | {traced:.2f} | {coupled - traced:.2f} "
         f"| {whole - coupled:.2f} | {1000 * whole / depth:.1f} | {theirs} |"
     )
+
+
+def parts(depth: int) -> str:
+    """Milliseconds of what a cut is made of, by name."""
+    model, example = with_convolutions(ResNet(depth).eval()), image()
+    ours(model, example)
+    groups = channels.coupled(model, example)
+    halves = [(group, channels._half(group)) for group in groups if not group.fixed]
+    twin = duplicate(model)
+
+    def cut() -> None:
+        small = duplicate(model)
+        for group, kept in halves:
+            channels.cut(small, group, kept)
+
+    calls: dict[str, Callable[[], object]] = {
+        "copy of the user's network": lambda: copy.deepcopy(model),
+        "forward pass": lambda: torch.no_grad()(twin)(*example),
+        "trace": lambda: trace(model, example),
+        "trace, rules and groups": lambda: channels.coupled(model, example),
+        "copy and cut": cut,
+        "proof": lambda: channels.misfit(model, example, halves),
+        "all": lambda: ours(model, example),
+    }
+    calls |= {"Torch-Pruning": lambda: peer(model, example)} if HAS_PEER else {}
+    found = {name: min(timed(call) for _ in range(4)) for name, call in calls.items()}
+    return ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in found.items())
 
 
 def row(name: str, network: Network) -> str:
