@@ -6,6 +6,7 @@ import threading
 from functools import partial
 from pathlib import Path
 
+import loky.process_executor
 import pytest
 import torch
 
@@ -47,6 +48,17 @@ def test_many_workers_find_what_one_finds(made):
         assert dict(many.each(partial(pow, 2), jobs)) == {k: 2**k for k in jobs}
         assert dict(many.each(square, [])) == {}
     assert {threads for _, _, threads in want.values()} == {1}
+
+
+def may_grow(_):
+    return loky.process_executor._MAX_MEMORY_LEAK_SIZE
+
+
+def test_a_worker_that_holds_a_large_task_is_not_started_anew():
+    with Processes(2, after=0.0) as many:
+        [(_, size)] = many.each(may_grow, [0])
+    assert size > 2**40
+    assert may_grow(0) < 2**40  # as loky has it
 
 
 FATAL = (1, 6, 11, 16)

@@ -33,6 +33,10 @@ from whet.optional import require
 Work = Callable[[Any], Any]
 STARTING = 5.0  # seconds, about what it takes to start
 DEATHS = 3  # of workers, one after another, with nothing found between
+# seconds after which a worker without jobs ends, as it has to where this process was killed
+IDLE = 30.0
+# bytes by which a worker may grow before loky starts it anew: it holds the task and is not leaking
+HELD = {"LOKY_MAX_MEMORY_LEAK_SIZE": "1e15"}
 ENGINES = ("local", "ray")
 
 
@@ -96,7 +100,8 @@ class Processes(Engine):
         if left:
             sent.write_bytes(pickled(work))
         while left:
-            self.pool = self.pool or loky.ProcessPoolExecutor(self.workers)
+            if self.pool is None:
+                self.pool = loky.ProcessPoolExecutor(self.workers, timeout=IDLE, env=HELD)
             futures = {self.pool.submit(_do, str(sent), job): k for k, job in left.items()}
             try:
                 for future in loky.as_completed(futures):
