@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import whet
-from whet import catalog, checkpoint, packed, runner
+from whet import catalog, checkpoint, inspection, packed, runner
 from whet.errors import BadInput, BrokenPromise, Disagrees, Refused
 from whet.recipe import Recipe, built_in
 from whet.runner import Result, Settings, free, settings_of
@@ -496,7 +496,7 @@ def test_the_report_says_what_zeros_are_worth_in_the_target():
     assert said in found.readings["notes"]
 
 
-def test_a_network_and_nothing_else():
+def test_a_network_and_nothing_else(tmp_path):
     task = Task(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), (torch.randn(2, 4),))
     found = whet.compress(task, size="2x", **QUICK)
     assert [step.name for step in found.recipe.steps] == ["FoldBatchNorm"]
@@ -509,5 +509,9 @@ def test_a_network_and_nothing_else():
     assert not any("zeros" in note for note in found.readings["notes"])
     assert found.met
     assert found.files["report.html"]
+    found.save(tmp_path / "out")
+    said = inspection.again(tmp_path / "out", found.readings, task, threads=1, rounds=5)
+    assert said["now"]["compressed"]["metric"] is None
+    assert said["figures"]["compressed metric"] == ("not measured", "not measured")
     with pytest.raises(BadInput, match="judge the goal drop 1pp: the task has neither test nor"):
         whet.compress(task, drop="1pp", **QUICK)
