@@ -32,6 +32,30 @@ def few():
         yield
 
 
+def test_the_deviation_of_a_drop_is_that_of_the_law_between_the_nearest_trials():
+    def law(x):
+        return 3 * x**1.5
+
+    known = [(x, law(x)) for x in (0.01, 0.05, 0.4, 0.9)]
+    for limit in (0.05, 0.1, 0.3):
+        assert law(run.deviation_of(limit, known)) == pytest.approx(limit)
+    # the other trials do not matter
+    assert run.deviation_of(0.1, known) == run.deviation_of(0.1, known[1:3])
+    # with trials on one side alone: in proportion
+    assert run.deviation_of(2 * law(0.9), known) == pytest.approx(1.8)
+    assert run.deviation_of(law(0.01) / 2, known) == pytest.approx(0.005)
+    assert run.deviation_of(0.1, []) == pytest.approx(0.1 / run.FIRST_RATE)
+
+
+def test_the_deviation_of_a_drop_in_noise():
+    # a trial that was better than the original says that more is bearable, not how much more
+    assert run.deviation_of(0.01, [(0.1, -0.002)]) == pytest.approx(0.1 / run.LEAST_DROP)
+    # a mild plan that happened to be worse than a stronger one
+    between = run.deviation_of(0.01, [(0.1, 0.02), (0.2, 0.005), (0.4, 0.03)])
+    assert 0.2 < between < 0.4
+    assert run.deviation_of(0.0, [(0.1, 0.02)]) == 0.0
+
+
 class Counted:
     """Batches that count how often they were read to the end."""
 

@@ -18,7 +18,6 @@ import inspect
 import json
 import math
 import shutil
-import statistics
 import tempfile
 import time as clock
 from collections.abc import Mapping, Sequence
@@ -50,6 +49,7 @@ from whet.task import Task
 
 LONGER = 0.35  # a drop falls with the length of the recovery to this power, as a first guess
 FIRST_RATE = 0.25  # drop over deviation, before any trial was made
+LEAST_DROP = 0.1  # of the limit: no smaller drop is told from none
 SOLVES = 10  # to find the plan of a deviation
 MARGIN = 0.99  # predicted costs keep this far within their limits
 
@@ -295,16 +295,12 @@ class Search:
         ends: tuple[float, float],
         kind: str,
     ) -> tuple[float, Plan]:
-        """The strongest plan whose drop should be bearable: its share of the cost, and itself.
-
-        The drop is taken to be as many times the deviation as in the trials so far.
-        """
-        cut = [t for t in self.trials if t["offers"] and t["drop"] > 0]
-        rates = [self._after(t, kind) / t["deviation"] for t in cut]
-        rate = statistics.median(rates) if rates else FIRST_RATE
-        room = self.bounds["drop"][0] / rate
+        """The strongest plan whose drop should be bearable: its share of the cost, and itself."""
+        limit = self.bounds["drop"][0]
         if kind == "short" and self.task.train is not None:
-            room *= TIMES**LONGER
+            limit *= TIMES**LONGER
+        cut = [(t["deviation"], self._after(t, kind)) for t in self.trials if t["offers"]]
+        room = deviation_of(limit, cut)
         low, high = ends
         best = (high, plans.choose(menu, costs, dict(limits)))
         for _ in range(SOLVES):
@@ -446,6 +442,29 @@ class Search:
                 for path in sorted(folder.iterdir()):
                     files[f"trials/{number}/{path.name}"] = path.read_bytes()
         return files
+
+
+def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
+    """The deviation whose drop should be `limit`; none where no drop is allowed.
+
+    Between the nearest measured drops below and above it, log drop is linear in log deviation; with
+    but one of them the drop is proportional to the deviation.
+
+    Args:
+        limit: a drop.
+        known: pairs (deviation, drop) that were measured.
+    """
+    if limit <= 0:
+        return 0.0
+    # a drop that drowns in the noise of its measurement has no logarithm
+    points = sorted((x, max(y, LEAST_DROP * limit)) for x, y in known if x > 0)
+    under = max((p for p in points if p[1] <= limit), default=None)
+    over = min((p for p in points if p[1] > limit and (not under or p > under)), default=None)
+    if under and over:
+        (x0, y0), (x1, y1) = under, over
+        return x0 * (x1 / x0) ** (math.log(limit / y0) / math.log(y1 / y0))
+    x, y = under or over or (1.0, FIRST_RATE)
+    return x * limit / y
 
 
 def _beats(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
