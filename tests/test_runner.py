@@ -318,6 +318,25 @@ def test_the_stored_file_is_read_back_before_it_is_given_out(
 # -- checkpoints --------------------------------------------------------------------------------
 
 
+def test_a_run_goes_on_where_another_with_the_same_first_steps_ended(task: Task, tmp_path: Path):
+    first = Recipe.parse("steps: [L1Filters: {amount: 0.25}, FineTune: {epochs: 1}]")
+    whole = Recipe([*first.steps, *Recipe.parse("steps: [StaticInt8]").steps])
+    other = Recipe([first.steps[0].model_copy(update={"amount": 0.5}), *whole.steps[1:]])
+    quick = QUICK | {"step_readings": False}
+    whet.apply(first, task, workspace=tmp_path / "first", **quick)
+
+    def resumed(recipe: Recipe, **options: Any) -> tuple[list[str], bytes]:
+        told: list[str] = []
+        options |= {"begun": tmp_path / "first", "tell": lambda what, done, of: told.append(what)}
+        result = whet.apply(recipe, task, **quick, **options)
+        return [what for what in told if "resumed" in what], result.files["model.whet"]
+
+    names, file = resumed(whole)
+    assert names == ["1/3 L1Filters (resumed)", "2/3 FineTune (resumed)"]
+    assert file == whet.apply(whole, task, **quick).files["model.whet"]
+    assert resumed(other)[0] == resumed(whole, seed=1)[0] == []
+
+
 @pytest.mark.usefixtures("unmeasured")
 def test_workspaces(task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     applied: list[str] = []

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class Settings:
         step_readings: deploy and measure after every step, not at the end alone.
         workspace: where checkpoints live; None for a temporary folder.
         resume: go on from the checkpoints in `workspace`.
+        begun: workspace of another run, whose checkpoints count as far as its steps are these.
         known: readings by content of the file and data; runs on one task may share them.
         tell: progress.
     """
@@ -70,6 +72,7 @@ class Settings:
     step_readings: bool = True
     workspace: Path | None = None
     resume: bool = False
+    begun: Path | None = None
     known: dict[tuple[Any, ...], quality.Reading] = field(default_factory=dict, repr=False)
     tell: Tell = lambda what, done, of: None
 
@@ -286,6 +289,7 @@ class _Run:
     def result(self) -> Result:
         """Do everything."""
         self._claim_workspace()
+        self.begun = self._begun()
         self.settings.tell("original", 0, 1)
         self.original, self.original_net = self._lower(self.parent, "original")
         start = {"step": "original"} | self._reading(self.parent, None)
@@ -306,15 +310,7 @@ class _Run:
         """Checkpoints of another run are never taken for this one's."""
         if self.workspace is None:
             return
-        mark = self.workspace / "run.json"
-        mine = {
-            "recipe": self.recipe.yaml(),
-            "seed": self.settings.seed,
-            "target": self.settings.target,
-            "threads": self.settings.threads,
-            "network": checkpoint.fingerprint(self.parent),
-            "whet": VERSION,
-        }
+        mark, mine = self.workspace / "run.json", self._identity()
         if mark.exists() and self.settings.resume:
             if mark.read_text() != json.dumps(mine):
                 raise BadInput(
@@ -336,15 +332,40 @@ class _Run:
         except OSError as error:
             raise unwritable(self.workspace, error) from error
 
+    def _identity(self) -> dict[str, Any]:
+        """What two runs with the same checkpoints have in common."""
+        return {
+            "recipe": self.recipe.yaml(),
+            "seed": self.settings.seed,
+            "target": self.settings.target,
+            "threads": self.settings.threads,
+            "network": checkpoint.fingerprint(self.parent),
+            "whet": VERSION,
+        }
+
+    def _begun(self) -> dict[int, Path]:
+        """Checkpoints of another run, by the place of the step, while it did the same."""
+        folder = self.settings.begun
+        if folder is None or not (folder / "run.json").exists():
+            return {}
+        theirs, mine = json.loads((folder / "run.json").read_text()), self._identity()
+        if theirs | {"recipe": ""} != mine | {"recipe": ""}:
+            return {}
+        pairs = zip(Recipe.parse(theirs["recipe"]).steps, self.recipe.steps, strict=False)
+        same = enumerate(takewhile(lambda pair: pair[0] == pair[1], pairs), start=1)
+        found = {place: folder / f"step-{place}" for place, _ in same}
+        return {place: path for place, path in found.items() if path.exists()}
+
     def _step(
         self, model: nn.Module, step: Technique, place: int, last: dict[str, Any]
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Apply one step and read what came of it; a refused one keeps the reading before it."""
         saved = None if self.workspace is None else self.workspace / f"step-{place}"
         label = f"{place}/{len(self.recipe.steps)} {step.name}"
-        if saved is not None and saved.exists():
+        known = saved if saved is not None and saved.exists() else self.begun.get(place)
+        if known is not None:
             self.settings.tell(f"{label} (resumed)", 1, 1)
-            return checkpoint.read(saved, self.task.model)
+            return checkpoint.read(known, self.task.model)
         self.settings.tell(label, 0, 1)
         seed_all(self.settings.seed * 1000 + place, self.task)
         work = Work(

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,6 +19,7 @@ from whet.report import finding
 from whet.report.page import page
 from whet.runner import Settings
 from whet.search import bench, menu, run
+from whet.search.plan import Plan
 from whet.search.wish import PRESETS, Wish
 from whet.testing import tiny_task
 
@@ -54,6 +57,27 @@ def test_the_deviation_of_a_drop_in_noise():
     between = run.deviation_of(0.01, [(0.1, 0.02), (0.2, 0.005), (0.4, 0.03)])
     assert 0.2 < between < 0.4
     assert run.deviation_of(0.0, [(0.1, 0.02)]) == 0.0
+
+
+@pytest.mark.parametrize("room", [0.001, 0.01, 0.05, 0.3])
+def test_the_next_plan_is_the_strongest_that_should_be_bearable(monkeypatch, room):
+    """Deviations grow as shares fall, in steps: there is none between 0 and the mildest, 0.02."""
+
+    def choose(menu, costs, limits):
+        saved = 1 - limits.get("latency", 1.0)
+        return Plan((None,) * (saved > 0), 0.02 * math.ceil(20 * saved), {})
+
+    monkeypatch.setattr(run.plans, "choose", choose)
+    search = run.Search.__new__(run.Search)
+    search.task = dataclasses.replace(tiny_task("plain_cnn"), train=None)
+    search.bounds, search.wish = (
+        {"drop": (room * run.FIRST_RATE, "")},
+        SimpleNamespace(minimize="latency"),
+    )
+    search.trials = []
+    _, plan = search._guess(None, None, {}, (0.1, 1.0), "short")
+    assert plan.deviation == pytest.approx(max(0.02 * math.floor(room / 0.02), 0.02), abs=0.021)
+    assert plan.deviation <= max(room, 0.02)
 
 
 class Counted:
@@ -116,6 +140,22 @@ def test_a_search_that_was_killed_ends_with_the_same_recipe(found, tmp_path):
     trials = [result.readings["search"]["trials"] for result in both]
     assert [t["recipe"] for t in trials[0]] == [t["recipe"] for t in trials[1]]
     assert both[0].files["model.whet"] == both[1].files["model.whet"]
+
+
+def test_a_long_recovery_goes_on_from_a_short_one(found):
+    *_, short, long = found[0].readings["search"]["trials"]
+    assert (short["final"], long["final"]) == (False, True)
+    assert (short["recipe"].count("Distill"), long["recipe"].count("Distill")) == (1, 2)
+    assert long["recipe"].startswith(short["recipe"].rpartition("- FoldBatchNorm")[0])
+    assert long["epochs"] == pytest.approx((1 + bench.TIMES) * short["epochs"])
+
+
+def test_the_recipe_of_a_search_is_all_that_it_did(found):
+    """What went on from checkpoints of another trial is the same from the beginning."""
+    *_, long = found[0].readings["search"]["trials"]
+    assert long["taken"]
+    again = whet.apply(found[0].recipe, tiny_task("plain_cnn"), rounds=5, step_readings=False)
+    assert again.files["model.whet"] == found[0].files["model.whet"]
 
 
 class Murdered(Processes):

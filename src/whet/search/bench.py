@@ -13,7 +13,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,22 +167,26 @@ class Bench:
 
     # -- trials ------------------------------------------------------------------------------
 
-    def trial(self, plan: Plan, way: Way, kind: str) -> dict[str, Any]:
+    def trial(
+        self, plan: Plan, way: Way, kind: str, before: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Carry a plan out, recover, deploy and measure it on validation data.
 
         Args:
             plan: what to do; one that does nothing is not recovered.
             way: how it ends.
             kind: of the recovery, "short" or "long".
+            before: the short trial of the same plan, if there was one, which a long one goes on.
 
         Returns:
             What was measured, or why it "failed".
         """
-        options = [offer.option for offer in plan.offers]
         recovery, epochs = [], 0.0
-        if options and self.task.train is not None:
+        if plan.offers and self.task.train is not None:
             rate, epochs = self._rate(plan), self._epochs(plan, kind)
-            recovery = [catalog.technique("Distill", {"epochs": epochs, "lr": rate})]
+            lengths = [epochs] if before is None else [before["epochs"], epochs]
+            recovery = [catalog.technique("Distill", {"epochs": n, "lr": rate}) for n in lengths]
+            epochs = sum(lengths)
         recipe = plans.recipe(plan.offers, recovery, finishing(way.finish))
         where = f"{way.target} {self.settings.seed} {self.settings.threads}"
         name = f"trial {recipe.yaml()} {where}"
@@ -190,28 +194,44 @@ class Bench:
         told = {
             "finish": way.finish,
             "target": way.target,
-            "epochs": epochs,
+            "epochs": round(epochs, 3),
             "final": kind == "long",
             "recipe": recipe.yaml(),
             "deviation": plan.deviation,
             "predicted": dict(plan.costs),
-            "offers": [[each.technique.name, each.place, each.value] for each in options],
+            "offers": plan.named,
         }
         readings = kind == "long" or not plan.offers
-        found = self.rows.get(name, lambda: self._carried_out(recipe, way, folder, readings))
-        if not options:
+        begun = None if before is None else self._steps(self.home / before["folder"])
+
+        def make() -> dict[str, Any]:
+            return self._carried_out(recipe, way, folder, readings, begun)
+
+        found = self.rows.get(name, make)
+        if not plan.offers:
             self.proofs.append(found.get("seconds", 0.0))
         return told | found
 
+    @staticmethod
+    def _steps(folder: Path) -> Path:
+        """Where the checkpoints of a trial lie."""
+        return folder.with_suffix(".steps")
+
+    def tidy(self) -> None:
+        """Remove the checkpoints of all trials."""
+        for steps in self.home.glob("trial-*.steps"):
+            shutil.rmtree(steps, ignore_errors=True)
+
     def _carried_out(
-        self, recipe: Recipe, way: Way, folder: Path, readings: bool
+        self, recipe: Recipe, way: Way, folder: Path, readings: bool, begun: Path | None
     ) -> dict[str, Any]:
-        began, steps = time.monotonic(), folder.with_suffix(".steps")
+        began, steps = time.monotonic(), self._steps(folder)
         options = self.options(way.target) | {
             "step_readings": readings,
             "rounds": max(10, self.settings.rounds // 2),
             "workspace": steps,
             "resume": steps.exists(),
+            "begun": begun,
         }
         try:
             result = runner.apply(recipe, self.task, **options)
@@ -219,7 +239,6 @@ class Bench:
             return {"failed": str(error)}
         shutil.rmtree(folder, ignore_errors=True)
         result.save(folder)
-        shutil.rmtree(steps, ignore_errors=True)
         said, ratios = result.readings, result.readings["ratios"]
         return {
             "folder": folder.name,

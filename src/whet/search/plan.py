@@ -41,6 +41,12 @@ class Plan:
     deviation: float
     costs: Mapping[str, float]
 
+    @property
+    def named(self) -> list[list[Any]]:
+        """[technique, place, value] of each offer."""
+        options = [offer.option for offer in self.offers]
+        return [[each.technique.name, each.place, each.value] for each in options]
+
 
 def bundles(menu: Menu) -> list[list[Bundle]]:
     """The groups of the knapsack: of each, what may be done together; nothing first."""

@@ -162,6 +162,7 @@ class Search:
         chosen = read_result(self.task, self.home / best["folder"])
         options = self.bench.options(best["target"])
         proven = runner.prove(chosen, self.task, {"search": said}, **options)
+        self.bench.tidy()
         return dataclasses.replace(proven, files=proven.files | self._kept())
 
     def _tell(self, what: str, done: int, of: int) -> None:
@@ -234,7 +235,10 @@ class Search:
 
     def _trial(self, plan: Plan, way: Way, kind: str) -> dict[str, Any] | None:
         """A trial on the bench; one that failed is noted."""
-        trial = self.bench.trial(plan, way, kind)
+        recovers = kind == "long" and plan.offers and self.task.train is not None
+        short = [t for t in self.trials if t["offers"] == plan.named and not t["final"]]
+        before = short[-1] if short and recovers else None
+        trial = self.bench.trial(plan, way, kind, before)
         if "failed" in trial:
             self.notes.append(f"a trial failed: {trial['failed']}")
             return None
@@ -295,13 +299,16 @@ class Search:
         ends: tuple[float, float],
         kind: str,
     ) -> tuple[float, Plan]:
-        """The strongest plan whose drop should be bearable: its share of the cost, and itself."""
+        """The strongest plan whose drop should be bearable: its share of the cost, and itself.
+
+        Where none that saves anything should be, the mildest that was found.
+        """
         limit = self.bounds["drop"][0]
         if kind == "short" and self.task.train is not None:
-            limit *= TIMES**LONGER
+            limit *= (1 + TIMES) ** LONGER
         cut = [(t["deviation"], self._after(t, kind)) for t in self.trials if t["offers"]]
         room = deviation_of(limit, cut)
-        low, high = ends
+        (low, high), bearable = ends, False
         best = (high, plans.choose(menu, costs, dict(limits)))
         for _ in range(SOLVES):
             share = math.sqrt(max(low, 1e-6) * high)
@@ -311,18 +318,20 @@ class Search:
                 low = share
                 continue
             if plan.deviation <= room:
-                high, best = share, (share, plan)
+                high, bearable = share, True
             else:
                 low = share
-                if not best[1].offers:
-                    best = share, plan  # the mildest so far, should none be bearable
+            if plan.deviation <= room or not bearable:
+                best = share, plan
         return best
 
     def _after(self, trial: Mapping[str, Any], kind: str) -> float:
         """The drop of a trial, had it been recovered for as long as those of `kind`."""
         if self.task.train is None or trial["final"] == (kind == "long"):
             return trial["drop"]
-        return trial["drop"] * (TIMES**LONGER if trial["final"] else TIMES**-LONGER)
+        # a long recovery goes on from a short one
+        longer = (1 + TIMES) ** LONGER
+        return trial["drop"] * longer if trial["final"] else trial["drop"] / longer
 
     def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""
