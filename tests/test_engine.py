@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +62,30 @@ def test_a_worker_that_holds_a_large_task_is_not_started_anew():
         [(_, size)] = many.each(may_grow, [0])
     assert size > 2**40
     assert may_grow(0) < 2**40  # as loky has it
+
+
+KILLED = """
+import os, signal
+from whet import engine
+engine.IDLE = 0.5
+with engine.Processes(2, after=0.0) as many:
+    print(*{pid for _, pid in many.each(lambda _: os.getpid(), range(4))}, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks for processes in /proc")
+def test_workers_end_where_their_parent_was_killed():
+    script = [sys.executable, "-c", KILLED]
+    found = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert found.returncode == -signal.SIGKILL, found.stderr
+    left = {Path(f"/proc/{pid}/cmdline") for pid in found.stdout.split()}
+    assert left
+    until = time.monotonic() + 60
+    while left and time.monotonic() < until:
+        time.sleep(0.2)
+        left = {line for line in left if line.exists() and line.read_bytes()}  # b"" of a zombie
+    assert not left
 
 
 FATAL = (1, 6, 11, 16)
