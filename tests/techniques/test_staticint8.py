@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from whet import catalog, numerics, packed
-from whet.graph import sites, surgery
+from whet.graph import sites, statistics, surgery
 from whet.graph.ledger import Grid, ledger
 from whet.graph.trace import baked, export
 from whet.rungs import static
@@ -321,6 +321,49 @@ def test_torchs_attention_is_quantized_as_well(apply):
     assert all(called[path].sources[0] in ledger(work.model).grids for path in found)
     want, got = outputs(task.model, task), outputs(work.model, task)
     assert 0 < numerics.relative(got, want) < 0.05
+
+
+class Signed(OnnxRuntime):
+    signed_inputs = True
+
+
+def on(task, *targets, **knobs):
+    """The network after StaticInt8 for these runtimes."""
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=targets)
+    StaticInt8(examples=32, **knobs).apply(work)
+    return work.model
+
+
+def test_balanced_values_get_signed_codes_where_all_targets_are_faster_so():
+    task = tiny_task("residual_cnn")
+    assert {(g.low, g.high) for g in ledger(on(task, Signed(), OnnxRuntime())).grids.values()} == {
+        (0, 255)
+    }
+    grids = ledger(on(task, Signed(), Signed(), ranges="minmax")).grids
+    values = torch.cat([x for x, _ in task.calibration])
+    bound = float(values.abs().max())
+    assert (grids["input:0"].low, grids["input:0"].high) == (-128, 127)
+    assert grids["input:0"].zero_point == 0
+    assert grids["input:0"].scale == pytest.approx(2 * bound / 255)
+    for site, grid in grids.items():
+        if "relu" in site:  # nothing below zero
+            assert (grid.zero_point, grid.low, grid.high) == (0, 0, 255), site
+    want, got = outputs(task.model, task), outputs(on(task, Signed()), task)
+    assert 0 < numerics.relative(got, want) < 0.05
+
+
+@pytest.mark.parametrize("share", [0.1, 0.7, 0.75, 1.0])
+def test_steps_of_signed_codes_are_hardly_larger(share):
+    histogram = statistics.Histogram()
+    histogram.add(torch.linspace(-share, 1.0, 2000))
+    plain, signed = (
+        StaticInt8(ranges="minmax").grid(histogram, 8, signed=each) for each in (False, True)
+    )
+    assert (signed.low == -128) == (share > 0.74)  # 2 / 1.74 = 1.15
+    assert signed.scale <= static.BALANCED * plain.scale
+    assert StaticInt8(ranges="minmax").grid(histogram, 4, signed=True).low == 0
+    x = torch.linspace(-share, 1.0, 999)
+    assert float((signed(x) - x).abs().max()) <= signed.scale / 2 * (1 + 1e-4)
 
 
 def test_skipped_layers_stay_float(apply):

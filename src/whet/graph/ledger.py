@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "_whet_ledger"
-BYTE = (0, 255)  # the codes of the grids that runtimes have
+BYTE, SIGNED = (0, 255), (-128, 127)  # the codes of the grids that runtimes have
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Grid:
             raise ValueError(f"{self} is no grid")
 
     def __call__(self, x: Tensor) -> Tensor:
-        if (self.low, self.high) != BYTE:
+        if (self.low, self.high) not in (BYTE, SIGNED):
             # exported as clipping in front of the 8-bit grid that runtimes have
             x = x.clamp(
                 self.scale * (self.low - self.zero_point),

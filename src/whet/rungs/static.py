@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from whet import numerics, packed
 from whet.errors import Refused
 from whet.graph import folding, sites, statistics, surgery
-from whet.graph.ledger import Grid
+from whet.graph.ledger import SIGNED, Grid
 from whet.rungs.layers import Skip, skipped, weights
 from whet.targets.processor import here
 from whet.targets.target import INTEGER_OPS, Target
@@ -39,6 +39,7 @@ MOVES = frozenset(
         "identity",
     ]
 )
+BALANCED = 1.15  # by so much coarser may the steps of a signed grid be: 1.2 dB
 # what runtimes merge into the layer or the sum in front of it
 CLAMPS = frozenset(["relu", "relu6", "hardtanh", "clamp"])
 
@@ -118,6 +119,7 @@ class StaticTechnique(Technique):
         plan: Mapping[str, str],
         found: Mapping[str, statistics.Histogram],
         bits: Callable[[str], int],
+        targets: Sequence[Target] = (),
     ) -> dict[str, Grid]:
         """The grid at each site of the plan.
 
@@ -125,12 +127,22 @@ class StaticTechnique(Technique):
             plan: sites, and the site that the range of each is taken from.
             found: the histograms of the latter.
             bits: the width at each of the latter.
+            targets: where all of them are faster on signed codes, balanced values get these.
         """
-        ranges = {source: self.grid(found[source], bits(source)) for source in set(plan.values())}
+        signed = bool(targets) and all(target.signed_inputs for target in targets)
+        ranges = {
+            source: self.grid(found[source], bits(source), signed) for source in set(plan.values())
+        }
         return {site: ranges[source] for site, source in plan.items()}
 
-    def grid(self, histogram: statistics.Histogram, bits: int) -> Grid:
-        """The grid of a histogram's values."""
+    def grid(self, histogram: statistics.Histogram, bits: int, signed: bool = False) -> Grid:
+        """The grid of a histogram's values.
+
+        Args:
+            histogram: of them.
+            bits: of its codes.
+            signed: put zero at code zero of signed bytes, where that is hardly coarser.
+        """
         if self.ranges == "minmax":
             low, high = histogram.minmax()
         elif self.ranges == "percentile":
@@ -141,6 +153,10 @@ class StaticTechnique(Technique):
             low, high = histogram.least_divergence(bits)
         else:
             low, high = histogram.least_squares(bits)
+        bound = max(-low, high)
+        if signed and bits == 8 and low < 0 and 2 * bound <= BALANCED * (high - low):
+            scale, zero = numerics.affine_scale(-bound, bound, bits, self.shifts)
+            return Grid(scale, zero - 128, *SIGNED)
         return Grid(*numerics.affine_scale(low, high, bits, self.shifts), 0, 2**bits - 1)
 
 

@@ -90,7 +90,8 @@ class OpenVino(Target):
     extra: ClassVar[str] = "openvino"
     precisions: ClassVar[tuple[str, ...]] = ("f32", "bf16")
     facts: ClassVar[Mapping[str, str]] = {
-        "int8 static": "conv, linear, adds: u8 activations per tensor, s8 weights per channel",
+        "int8 static": "conv, linear, adds: activations per tensor, u8, or s8, which is faster, "
+        "where they are balanced about zero; s8 weights per channel",
         "2 to 8 bits": "large linear layers on one row multiply with codes of 4 or 8 bits: half "
         "the time where weights outgrow the caches; on more rows that is slower",
         "other codes": "small layers, many rows, tables, convolutions: the file holds the bits of "
@@ -100,6 +101,7 @@ class OpenVino(Target):
         "channels": "multiples of 16; narrow layers are bound by the number of calls",
         "depth": "time falls with the number of layers",
     }
+    signed_inputs: ClassVar[bool] = True
     widths: ClassVar[frozenset[int]] = frozenset({4, 8})
     rules = (add_to_accumulators,)
 

@@ -65,6 +65,8 @@ class Target(ABC):
         facts: what this runtime speeds up, as data for people and for the search.
         integer_ops: torch calls that it computes on integers, so that what they read deserves a
             grid: activations u8 per tensor, weights s8 and symmetric per output channel.
+        signed_inputs: whether layers are faster on inputs of signed codes, zero at 0, than on u8
+            with another zero.
         widths: bits of codes that it multiplies with where they stand as integers in its files and
             are a grid's in a linear layer; none where all codes become floats (see `tables`).
         suffix: how the name of its deployable file ends.
@@ -78,6 +80,7 @@ class Target(ABC):
     precisions: ClassVar[tuple[str, ...]] = ("f32",)
     facts: ClassVar[Mapping[str, str]] = {}
     integer_ops: ClassVar[frozenset[str]] = INTEGER_OPS
+    signed_inputs: ClassVar[bool] = False
     widths: ClassVar[frozenset[int]] = frozenset()
     suffix: ClassVar[str] = ".onnx"
     rules: ClassVar[Sequence[Callable[[OnnxGraph], None]]] = ()

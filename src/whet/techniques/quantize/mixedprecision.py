@@ -109,7 +109,7 @@ class MixedPrecision(StaticTechnique):
         wide = {site: b for c in chosen for site, b in c.reads.items()}
         top = max(self.activation_choices)
         found = self.histograms(work, plan)  # of what the rounded weights make
-        grids = self.grids(plan, found, lambda site: wide.get(site, top))
+        grids = self.grids(plan, found, lambda site: wide.get(site, top), work.targets)
         surgery.set_grids(work.model, grids)
         each = ", ".join(f"{b} bits {n}" for b, n in sorted(Counter(bits.values()).items()))
         work.notes.append(

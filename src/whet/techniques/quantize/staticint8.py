@@ -3,6 +3,8 @@
     weights      q = clamp(round(w / S_c), -127, 127),       S_c = max|w_c| / 127, per channel
                  -63 .. 63 where the processor would overflow
     activations  q = clamp(round(x / S) + Z, 0, 255),        S = (max - min) / 255, per tensor
+                 q = clamp(round(x / S), -128, 127),         S = 2 max|x| / 255, where the runtime
+                                                             is faster so and S hardly larger
 
 min and max of activations are the extremes (ranges=minmax), their averages over the batches
 (moving), quantiles (percentile), or those with the least squared error (mse) or divergence (kl).
@@ -73,6 +75,7 @@ class StaticInt8(StaticTechnique):
             plan,
             self.histograms(work, plan),
             lambda site: 8 if site in kept else self.activation_bits,
+            work.targets,
         )
         surgery.set_grids(work.model, grids)
         work.notes.append(
