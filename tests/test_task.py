@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from whet.errors import BadInput
+from whet.measure.goals import excess, parse
 from whet.task import (
     ACCURACY,
     Metric,
@@ -247,7 +248,25 @@ def test_which_split_is_used():
 
 def test_top1():
     outputs = torch.tensor([[1.0, 2.0], [4.0, 3.0], [0.0, 1.0], [0.0, 1.0]])
-    assert float(top1(outputs, torch.tensor([1, 0, 0, 1]))) == 0.75
+    assert top1(outputs, torch.tensor([1, 0, 0, 1])) == 0.75
+    maps = torch.tensor([[1.0, 2.0], [4.0, 3.0]]).reshape(1, 2, 2, 1)
+    assert top1(maps, torch.tensor([[[1], [0]]])) == 0.5
+
+
+def test_a_drop_of_just_what_was_allowed_is_no_more_than_that():
+    """25 of 5,000 images in batches of 500."""
+
+    def shares(wrong):
+        outputs = torch.tensor([[0.0, 1.0]]).repeat(5000, 1)
+        outputs[:wrong, 0] = 2.0
+        labels = torch.ones(5000, dtype=torch.long)
+        batches = list(zip(outputs.split(500), labels.split(500), strict=True))
+        return evaluate(nn.Identity(), batches, ACCURACY)
+
+    for before in range(300, 400):
+        drop = ACCURACY.drop(shares(before), shares(before + 25))
+        assert excess(drop, parse("drop", "0.5pp")[0]) == 0.0
+        assert excess(drop, parse("drop", "0.499pp")[0]) > 0.0
 
 
 def test_evaluation_weighs_batches_by_their_size():

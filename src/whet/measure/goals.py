@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from whet.errors import BadInput
 from whet.task import Metric
 
+ROUNDING = 1e-9  # of a limit: a drop of just what was allowed is no more than that
 UNITS = {
     "latency": {"x": 1.0, "ms": 1.0, "us": 1e-3, "s": 1e3},
     "size": {"x": 1.0, "B": 1.0, "KB": 1e3, "kB": 1e3, "MB": 1e6, "GB": 1e9},
@@ -85,10 +86,16 @@ class Goals(BaseModel):
                     "value": "not measured"
                     if value is None
                     else f"{value / UNITS[name][unit]:.4g}{unit}",
-                    "met": value is not None and bool(value <= limit * (1 + 1e-9)),
+                    "met": value is not None and not excess(value, limit),
                 }
             )
         return judged
+
+
+def excess(value: float, limit: float) -> float:
+    """By how much a figure exceeds its limit; not at all within what sums are rounded by."""
+    over = float(value - limit)
+    return over if over > ROUNDING * abs(limit) else 0.0
 
 
 def parse(name: str, text: str) -> tuple[float, str]:

@@ -32,7 +32,7 @@ from whet.checkpoint import Rows, fingerprint
 from whet.engine import Engine
 from whet.engine import engine as engine_of
 from whet.errors import BadInput
-from whet.measure.goals import Goals
+from whet.measure.goals import Goals, excess
 from whet.probe import rank_correlation
 from whet.recipe import Recipe, built_in
 from whet.release import VERSION
@@ -352,7 +352,7 @@ class Search:
                 if trial is None:
                     return
                 self._learn(costs, trial)
-                if all(trial[name] <= limit for name, limit in limits.items()):
+                if not any(excess(trial[name], limit) for name, limit in limits.items()):
                     break
 
     def _learn(self, costs: Costs, trial: Mapping[str, Any]) -> None:
@@ -367,7 +367,7 @@ class Search:
         if "drop" not in self.bounds:
             return True
         limit, drop = self.bounds["drop"][0], trial["drop"]
-        return bool(drop <= 0 or self._after(trial, "long") <= limit)
+        return bool(drop <= 0 or not excess(self._after(trial, "long"), limit))
 
     def _limits(self) -> dict[str, float]:
         """Limits on costs that can be predicted, as shares of the original's."""
@@ -381,9 +381,9 @@ class Search:
         """Smaller is better: limits missed, by how much, then what is minimized."""
         over = []
         for name, limit in self._limits().items():
-            over.append(max(trial[name] / limit - 1, 0.0))
+            over.append(excess(trial[name], limit) / limit)
         if "drop" in self.bounds:
-            over.append(max(trial["drop"] - self.bounds["drop"][0], 0.0) * 100)
+            over.append(100 * excess(trial["drop"], self.bounds["drop"][0]))
         if "memory" in self.bounds:  # it is measured and not predicted
             over += [1.0 for goal in trial["goals"] if goal["name"] == "memory" and not goal["met"]]
         return (float(sum(map(bool, over))), sum(over), trial[self.wish.minimize])
