@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from whet import catalog
@@ -21,6 +23,7 @@ from whet.targets.onnxruntime import (
     pads_on_codes,
     products_with_biases,
 )
+from whet.targets.openvino import OpenVino, join_products
 from whet.technique import Work
 from whet.testing import tiny_task
 
@@ -212,3 +215,120 @@ def test_products_whose_sum_goes_back_to_codes_stay(behind: str):
     products_with_biases(graph)
     assert len(list(graph.of_kind("MatMulIntegerToFloat"))) == 0
     assert len(list(graph.of_kind("Sub"))) == 1
+
+
+class Branches(nn.Module):
+    """Three linear layers on one value, one on another, and attention among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(64, 64) for _ in range(3))
+        self.beside, self.out = nn.Linear(64, 8), nn.Linear(64, 8, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.flatten(2)
+        q, k, v = (
+            layer(x).unflatten(-1, (4, 16)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2)) + self.beside(torch.relu(x))
+
+
+class Apart(OpenVino):
+    """The runtime without the rule."""
+
+    rules = ()
+
+
+class Joined(OpenVino):
+    """The runtime with this rule alone."""
+
+    rules = (join_products,)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["on codes", "on floats"])
+def branches(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[bool, Deployable, Deployable, torch.Tensor]:
+    """Whether attention reads codes; the int8 network without the rule and with it; an input."""
+    torch.manual_seed(0)
+    task = tiny_task(Branches().eval())
+    target = OpenVino() if request.param else OnnxRuntime()
+    work = Work(copy.deepcopy(task.model), task.model, task, targets=[target])
+    catalog.technique("StaticInt8", {"examples": 32}).apply(work)
+    made = [Deployable(work.model.eval(), task.example, each) for each in (Apart(), Joined())]
+    return request.param, made[0], made[1], task.example[0]
+
+
+def test_products_of_one_input_become_one(
+    branches: tuple[bool, Deployable, Deployable, torch.Tensor], tmp_path: Path
+):
+    on_codes, apart, joined, x = branches
+    files = [net.write(tmp_path / f"{k}.onnx") for k, net in enumerate((apart, joined))]
+    assert [len(nodes(file, "MatMul")) for file in files] == [7, 5]  # two are of attention
+    assert (apart.quantized, joined.quantized) == (5, 3)
+    [split] = nodes(files[1], "Split")
+    graph = OnnxGraph(onnx.load(files[1]))
+    assert graph.arrays[split.input[1]].tolist() == [64, 64, 64]
+    assert (graph.maker(split.input[0], "QuantizeLinear") is not None) == on_codes
+    runs: list[Any] = [ReferenceEvaluator(str(file)).run(None, {"x": x.numpy()}) for file in files]
+    found = [run[0] for run in runs]
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
+    assert found[0].std() > 0
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+def test_joined_products_in_the_runtime(
+    branches: tuple[bool, Deployable, Deployable, torch.Tensor], tmp_path: Path
+):
+    _, apart, joined, x = branches
+    found = [
+        OpenVino()
+        .job(
+            "run",
+            [x.numpy()],
+            file=str(net.write(tmp_path / f"{k}.onnx")),
+            batch=len(x),
+            threads=1,
+            precision="f32",
+        )
+        .outputs[0]
+        for k, net in enumerate((apart, joined))
+    ]
+    assert np.abs(found[1] - found[0]).max() < 0.05 * np.abs(found[0]).max()
+
+
+@pytest.mark.parametrize("other", ["none", "scale", "reader", "zero", "final"])
+def test_products_that_cannot_be_one_stay(other: str):
+    """One scale for all outputs, weights that others read, a zero point."""
+    make = onnx.helper.make_node
+    backs = [["w", "ws"] + ["wz"] * (other == "zero"), ["v", "vs"]]
+    layers = [
+        make("QuantizeLinear", ["x", "s", "z"], ["q"]),
+        make("DequantizeLinear", ["q", "s", "z"], ["a"]),
+        make("DequantizeLinear", backs[0], ["wd"], axis=1),
+        make("DequantizeLinear", backs[1], ["vd"], axis=1),
+        make("MatMul", ["a", "wd"], ["m"]),
+        make("MatMul", ["a", "vd"], ["n"]),
+        make("Concat", ["m", "n", *["wd"] * (other == "reader")], ["y"], axis=-1),
+    ]
+    graph = graph_of(
+        layers,
+        s=np.float32(0.5),
+        z=np.uint8(3),
+        w=np.ones((4, 2), np.int8),
+        ws=np.float32(1.0) if other == "scale" else np.array([1.0, 2.0], np.float32),
+        wz=np.zeros(2, np.int8),
+        v=np.full((4, 3), 2, np.int8),
+        vs=np.array([1.0, 2.0, 3.0], np.float32),
+    )
+    if other == "final":  # what a network returns keeps its name
+        graph.final = {"m", "y"}
+    join_products(graph)
+    alone = other in ("scale", "reader", "zero")
+    assert len(list(graph.of_kind("MatMul"))) == (2 if alone else 1)
+    for node in graph.of_kind("Split"):
+        assert list(node.output) == ["m", "n"]
+        assert graph.arrays["w"].shape == (4, 5)
+        assert graph.arrays["ws"].tolist() == [1.0, 2.0, 1.0, 2.0, 3.0]

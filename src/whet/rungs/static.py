@@ -34,12 +34,16 @@ MOVES = frozenset(
         "max_pool2d",
         "contiguous",
         "unsqueeze",
+        "unflatten",
         "squeeze",
         "dropout",
         "identity",
     ]
 )
-BALANCED = 1.15  # by so much coarser may the steps of a signed grid be: 1.2 dB
+BALANCED = 1.3  # by so much coarser may the steps of a signed grid be: 2.3 dB
+# what attention multiplies comes first, then its mask
+MULTIPLIED = {"scaled_dot_product_attention": 3}
+SHARED = 2.0  # grids of queries, keys and values that differ no more in their steps become one
 # what runtimes merge into the layer or the sum in front of it
 CLAMPS = frozenset(["relu", "relu6", "hardtanh", "clamp"])
 
@@ -155,8 +159,8 @@ class StaticTechnique(Technique):
             low, high = histogram.least_squares(bits)
         bound = max(-low, high)
         if signed and bits == 8 and low < 0 and 2 * bound <= BALANCED * (high - low):
-            scale, zero = numerics.affine_scale(-bound, bound, bits, self.shifts)
-            return Grid(scale, zero - 128, *SIGNED)
+            scale, _ = numerics.affine_scale(-bound, bound, bits, self.shifts)
+            return Grid(scale, 0, *SIGNED)
         return Grid(*numerics.affine_scale(low, high, bits, self.shifts), 0, 2**bits - 1)
 
 
@@ -226,7 +230,7 @@ def _readers(calls: list[sites.Call]) -> dict[str, list[sites.Call]]:
     """The calls that read each site."""
     readers: dict[str, list[sites.Call]] = {}
     for call in calls:
-        for source in call.sources:
+        for source in call.sources[: MULTIPLIED.get(call.op)]:
             readers.setdefault(source, []).append(call)
     return readers
 
@@ -237,6 +241,31 @@ def _convolved(site: str, makers: Mapping[str, sites.Call]) -> bool:
     while call is not None and call.op in MOVES | CLAMPS and call.sources:
         call = makers.get(call.sources[0])
     return call is not None and call.op in MATMULS - {"linear"}
+
+
+def attended(calls: list[sites.Call], plan: Mapping[str, str]) -> list[set[str]]:
+    """Queries, keys and values that layers make of one value: where their ranges are taken from.
+
+    On one grid they can be one product, which writes its codes at once.
+    """
+    makers, found = {call.site: call for call in calls}, []
+    for call in calls:
+        if call.op not in MULTIPLIED:
+            continue
+        made = {plan[s] for s in call.sources[: MULTIPLIED[call.op]] if s in plan}
+        reads = [makers[site].sources[0] for site in made if makers[site].op == "linear"]
+        if len(made) > 1 and len(reads) == len(made) and len(set(reads)) == 1:
+            found.append(made)
+    return found
+
+
+def shared(grids: Mapping[str, Grid]) -> dict[str, Grid]:
+    """The widest of signed grids about zero in place of each, unless they differ too much."""
+    steps = [grid.scale for grid in grids.values()]
+    balanced = all((g.low, g.high) == SIGNED and not g.zero_point for g in grids.values())
+    if not balanced or max(steps) > SHARED * min(steps):
+        return dict(grids)
+    return dict.fromkeys(grids, max(grids.values(), key=lambda grid: grid.scale))
 
 
 def wide(calls: list[sites.Call], plan: dict[str, str], eight: tuple[str, ...]) -> set[str]:

@@ -33,7 +33,7 @@ from whet.graph.trace import baked, export
 from whet.targets import gates, products, tables
 from whet.targets.integers import rewrite
 from whet.targets.lowered import Lowered
-from whet.targets.onnxgraph import OnnxGraph
+from whet.targets.onnxgraph import LAYERS, OnnxGraph
 from whet.targets.target import Target
 from whet.task import tensors_in
 
@@ -160,8 +160,10 @@ def _convert(
     rounding = products.store(graph, forms, target)
     tables.store(graph, forms, target)
     integers = sum(graph.maker(name, "DequantizeLinear") is not None for name in forms)
+    layers = len(list(graph.of_kind(*LAYERS)))
     for rule in target.rules:
         rule(graph)
+    integers -= layers - len(list(graph.of_kind(*LAYERS)))  # some have become part of another
     proto, short = graph.finish(OPSET)
     calls = [node.name for node in program.graph.nodes]
     return proto, _values(graph, short, calls), integers, rounding
