@@ -299,15 +299,15 @@ def test_joined_products_in_the_runtime(
     assert np.abs(found[1] - found[0]).max() < 0.05 * np.abs(found[0]).max()
 
 
-@pytest.mark.parametrize("other", ["none", "scale", "reader", "zero", "final"])
+@pytest.mark.parametrize("other", ["none", "scale", "reader", "zero", "axis", "final"])
 def test_products_that_cannot_be_one_stay(other: str):
-    """One scale for all outputs, weights that others read, a zero point."""
+    """One scale for all outputs, weights that others read, a zero point, scales of inputs."""
     make = onnx.helper.make_node
     backs = [["w", "ws"] + ["wz"] * (other == "zero"), ["v", "vs"]]
     layers = [
         make("QuantizeLinear", ["x", "s", "z"], ["q"]),
         make("DequantizeLinear", ["q", "s", "z"], ["a"]),
-        make("DequantizeLinear", backs[0], ["wd"], axis=1),
+        make("DequantizeLinear", backs[0], ["wd"], axis=0 if other == "axis" else 1),
         make("DequantizeLinear", backs[1], ["vd"], axis=1),
         make("MatMul", ["a", "wd"], ["m"]),
         make("MatMul", ["a", "vd"], ["n"]),
@@ -317,16 +317,16 @@ def test_products_that_cannot_be_one_stay(other: str):
         layers,
         s=np.float32(0.5),
         z=np.uint8(3),
-        w=np.ones((4, 2), np.int8),
+        w=np.ones((2 if other == "axis" else 4, 2), np.int8),
         ws=np.float32(1.0) if other == "scale" else np.array([1.0, 2.0], np.float32),
         wz=np.zeros(2, np.int8),
-        v=np.full((4, 3), 2, np.int8),
+        v=np.full((2 if other == "axis" else 4, 3), 2, np.int8),
         vs=np.array([1.0, 2.0, 3.0], np.float32),
     )
     if other == "final":  # what a network returns keeps its name
         graph.final = {"m", "y"}
     join_products(graph)
-    alone = other in ("scale", "reader", "zero")
+    alone = other in ("scale", "reader", "zero", "axis")
     assert len(list(graph.of_kind("MatMul"))) == (2 if alone else 1)
     for node in graph.of_kind("Split"):
         assert list(node.output) == ["m", "n"]

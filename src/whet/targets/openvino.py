@@ -6,16 +6,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from onnx import NodeProto, helper
 
 from whet.optional import require
+from whet.targets.onnxgraph import OnnxGraph, facts
 from whet.targets.target import INTEGER_OPS, Target
-
-if TYPE_CHECKING:
-    from whet.targets.onnxgraph import OnnxGraph
 
 LAYERS = frozenset(["Convolution", "FullyConnected", "MatMul", "Deconvolution"])
 
@@ -100,11 +98,12 @@ def join_products(graph: OnnxGraph) -> None:
 
     Queries, keys and values of attention: a call of a kernel takes as long as some arithmetic.
     """
-    beside: dict[tuple[str, bool], list[_Product]] = {}
+    beside: dict[tuple[str, bool, str], list[_Product]] = {}
     for node in graph.of_kind("MatMul"):
         found = _product(graph, node)
         if found is not None:
-            beside.setdefault((node.input[0], found.shift is None), []).append(found)
+            kind = str(graph.arrays[found.back.input[0]].dtype)
+            beside.setdefault((node.input[0], found.shift is None, kind), []).append(found)
     for same in beside.values():
         if len(same) > 1:
             _join(graph, same)
@@ -118,6 +117,8 @@ def _product(graph: OnnxGraph, node: NodeProto) -> _Product | None:
     codes, scale = (graph.arrays.get(name) for name in back.input)
     alone = all(len(graph.readers(n)) == 1 for n in (*back.input, *back.output))
     if codes is None or scale is None or not alone or scale.shape != codes.shape[1:]:
+        return None
+    if facts(back).get("axis", 1) % codes.ndim != 1:
         return None
     readers = graph.readers(node.output[0])
     shift = readers[0] if len(readers) == 1 and readers[0].op_type == "Sub" else None
