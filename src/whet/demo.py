@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from whet.fit import Schedule, fit
 from whet.optional import require
-from whet.task import Metric, Task, evaluate, top1
+from whet.task import ACCURACY, Task, evaluate
 
-ACCURACY = Metric("accuracy", top1, "higher", "%")
 MEAN, STD = 0.305, 0.335  # of the training digits, pixels from 0 to 1
 
 

@@ -143,7 +143,7 @@ def again(
         for name, path in (("original", original), ("compressed", file)):
             now[name] = {k: report[name][k] for k in ("params", "macs")}
             now[name] |= {"bytes": path.stat().st_size, "latency_ms": times[name].summary()}
-            now[name]["metric"] = None
+            now[name] |= {"metric": None}
             if batches is not None:
                 reading = quality.measure(
                     target, path, example, like, batches, metric, threads=threads

@@ -238,8 +238,9 @@ def settings_of(options: dict[str, Any]) -> Settings:
     goals.limits()
     rest: dict[str, Any] = {k: v for k, v in options.items() if k not in limits}
     rest["goals"] = goals
-    if rest.get("workspace") is not None:
-        rest["workspace"] = Path(rest["workspace"])
+    for name in ("workspace", "begun"):
+        if rest.get(name) is not None:
+            rest[name] = Path(rest[name])
     return Settings(**rest)
 
 

@@ -54,7 +54,7 @@ def top1(outputs: Tensor, labels: Tensor) -> float:
     No float32: a drop of just what was allowed must not be more than that.
     """
     right = outputs.argmax(dim=1) == labels
-    return int(right.sum()) / right.numel()
+    return int(right.sum()) / max(right.numel(), 1)
 
 
 ACCURACY = Metric("accuracy", top1, "higher", "%")

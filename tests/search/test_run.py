@@ -150,6 +150,12 @@ def test_a_long_recovery_goes_on_from_a_short_one(found):
     assert long["epochs"] == pytest.approx((1 + bench.TIMES) * short["epochs"])
 
 
+def test_no_checkpoints_are_left(tmp_path):
+    searched(tmp_path / "work")
+    assert list((tmp_path / "work").glob("trial-*"))
+    assert not list((tmp_path / "work").glob("*.steps"))
+
+
 def test_the_recipe_of_a_search_is_all_that_it_did(found):
     """What went on from checkpoints of another trial is the same from the beginning."""
     *_, long = found[0].readings["search"]["trials"]

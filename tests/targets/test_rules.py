@@ -266,12 +266,13 @@ def test_products_of_one_input_become_one(
 ):
     on_codes, apart, joined, x = branches
     files = [net.write(tmp_path / f"{k}.onnx") for k, net in enumerate((apart, joined))]
-    assert [len(nodes(file, "MatMul")) for file in files] == [7, 5]  # two are of attention
-    assert (apart.quantized, joined.quantized) == (5, 3)
-    [split] = nodes(files[1], "Split")
+    # two are of attention; what it reads as floats stays apart
+    assert [len(nodes(file, "MatMul")) for file in files] == [7, 5 if on_codes else 7]
+    assert (apart.quantized, joined.quantized) == (5, 3 if on_codes else 5)
     graph = OnnxGraph(onnx.load(files[1]))
-    assert graph.arrays[split.input[1]].tolist() == [64, 64, 64]
-    assert (graph.maker(split.input[0], "QuantizeLinear") is not None) == on_codes
+    for split in nodes(files[1], "Split"):
+        assert graph.arrays[split.input[1]].tolist() == [64, 64, 64]
+        assert graph.maker(split.input[0], "QuantizeLinear") is not None
     runs: list[Any] = [ReferenceEvaluator(str(file)).run(None, {"x": x.numpy()}) for file in files]
     found = [run[0] for run in runs]
     np.testing.assert_allclose(found[1], found[0], rtol=1e-5, atol=1e-5)
@@ -299,11 +300,16 @@ def test_joined_products_in_the_runtime(
     assert np.abs(found[1] - found[0]).max() < 0.05 * np.abs(found[0]).max()
 
 
-@pytest.mark.parametrize("other", ["none", "scale", "reader", "zero", "axis", "final"])
+@pytest.mark.parametrize(
+    "other", ["none", "scale", "axis", "zero", "weight", "value", "code", "grid", "final"]
+)
 def test_products_that_cannot_be_one_stay(other: str):
-    """One scale for all outputs, weights that others read, a zero point, scales of inputs."""
+    """One scale for all outputs or one an input, a zero point, other readers, another grid."""
     make = onnx.helper.make_node
+    rows = 2 if other == "axis" else 4
     backs = [["w", "ws"] + ["wz"] * (other == "zero"), ["v", "vs"]]
+    onto = ["t", "u"] if other == "grid" else ["t", "z"]
+    more = {"weight": "wd", "value": "m", "code": "c"}.get(other)
     layers = [
         make("QuantizeLinear", ["x", "s", "z"], ["q"]),
         make("DequantizeLinear", ["q", "s", "z"], ["a"]),
@@ -311,24 +317,29 @@ def test_products_that_cannot_be_one_stay(other: str):
         make("DequantizeLinear", backs[1], ["vd"], axis=1),
         make("MatMul", ["a", "wd"], ["m"]),
         make("MatMul", ["a", "vd"], ["n"]),
-        make("Concat", ["m", "n", *["wd"] * (other == "reader")], ["y"], axis=-1),
+        make("QuantizeLinear", ["m", "t", "z"], ["c"]),
+        make("QuantizeLinear", ["n", *onto], ["d"]),
+        make("Concat", ["c", "d", *[more] * (more is not None)], ["y"], axis=-1),
     ]
     graph = graph_of(
         layers,
         s=np.float32(0.5),
+        t=np.float32(0.25),
         z=np.uint8(3),
-        w=np.ones((2 if other == "axis" else 4, 2), np.int8),
+        u=np.uint8(4),
+        w=np.ones((rows, 2), np.int8),
         ws=np.float32(1.0) if other == "scale" else np.array([1.0, 2.0], np.float32),
         wz=np.zeros(2, np.int8),
-        v=np.full((2 if other == "axis" else 4, 3), 2, np.int8),
+        v=np.full((rows, 3), 2, np.int8),
         vs=np.array([1.0, 2.0, 3.0], np.float32),
     )
-    if other == "final":  # what a network returns keeps its name
+    if other == "final":
         graph.final = {"m", "y"}
     join_products(graph)
-    alone = other in ("scale", "reader", "zero", "axis")
-    assert len(list(graph.of_kind("MatMul"))) == (2 if alone else 1)
+    joins = other in ("none", "code")
+    assert len(list(graph.of_kind("MatMul"))) == (1 if joins else 2)
+    assert len(list(graph.of_kind("Split"))) == joins
     for node in graph.of_kind("Split"):
-        assert list(node.output) == ["m", "n"]
+        assert list(node.output) == ["c", "d"]
         assert graph.arrays["w"].shape == (4, 5)
         assert graph.arrays["ws"].tolist() == [1.0, 2.0, 1.0, 2.0, 3.0]

@@ -79,10 +79,6 @@ def ran(target: Target, net: Deployable, folder: Path) -> Any:
     )  # fmt: skip
 
 
-# queries, keys and values of two blocks become one product each
-JOINED = {("openvino", "transformer"): 4}
-
-
 @pytest.mark.parametrize("name", NETS)
 def test_float_file_agrees_with_torch(target: Target, nets: Nets, name: str, tmp_path: Path):
     net = nets[name][2]
@@ -100,7 +96,6 @@ def test_every_quantized_layer_runs_on_integers(
     model, net, _ = nets[name]
     result = ran(target, net, tmp_path)
     layers = sum(isinstance(m, (nn.Linear, nn.Conv2d)) for m in model.modules())
-    layers -= JOINED.get((target.name, name), 0)
     assert net.quantized == layers
     kernels = result.said["kernels"]
     # the last layer's output is float: a runtime may compute it so; and OpenVINO makes of two
@@ -130,9 +125,7 @@ def test_weights_are_stored_as_int8(nets: Nets, name: str, tmp_path: Path):
     assert not left, "a float weight is left"
     codes = Counter(own(a).size for a in stored.values() if a.dtype == np.int8 and a.ndim > 1)
     forms = [form.dense().numel() for _, _, form in packed.forms(model)]
-    assert (sum(codes.values()), sum(codes.elements())) == (net.quantized, sum(forms))
-    if net.quantized == len(forms):
-        assert codes == Counter(forms)
+    assert codes == Counter(forms)
     assert all(np.abs(a.astype(int)).max() <= 127 for a in stored.values() if a.dtype == np.int8)
     saved = (tmp_path / "f.onnx").stat().st_size - (tmp_path / "q.onnx").stat().st_size
     assert saved > 2 * sum(forms)  # of three bytes a weight; grids take some of them

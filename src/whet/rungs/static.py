@@ -120,23 +120,26 @@ class StaticTechnique(Technique):
 
     def grids(
         self,
+        work: Work,
+        calls: list[sites.Call],
         plan: Mapping[str, str],
-        found: Mapping[str, statistics.Histogram],
-        bits: Callable[[str], int],
-        targets: Sequence[Target] = (),
+        bits: Callable[[str], int] = lambda _: 8,
     ) -> dict[str, Grid]:
         """The grid at each site of the plan.
 
+        Balanced values get signed codes where all targets are faster on these.
+
         Args:
+            work: its network as it is now gives the ranges.
+            calls: of it.
             plan: sites, and the site that the range of each is taken from.
-            found: the histograms of the latter.
             bits: the width at each of the latter.
-            targets: where all of them are faster on signed codes, balanced values get these.
         """
-        signed = bool(targets) and all(target.signed_inputs for target in targets)
-        ranges = {
-            source: self.grid(found[source], bits(source), signed) for source in set(plan.values())
-        }
+        signed = bool(work.targets) and all(target.signed_inputs for target in work.targets)
+        found = self.histograms(work, plan)
+        ranges = {site: self.grid(values, bits(site), signed) for site, values in found.items()}
+        for same in attended(calls, plan):
+            ranges |= shared({site: ranges[site] for site in same})
         return {site: ranges[source] for site, source in plan.items()}
 
     def grid(self, histogram: statistics.Histogram, bits: int, signed: bool = False) -> Grid:

@@ -201,11 +201,11 @@ class Bench:
             "predicted": dict(plan.costs),
             "offers": plan.named,
         }
-        readings = kind == "long" or not plan.offers
+        goes_on = kind == "short" and bool(plan.offers)
         begun = None if before is None else self._steps(self.home / before["folder"])
 
         def make() -> dict[str, Any]:
-            return self._carried_out(recipe, way, folder, readings, begun)
+            return self._carried_out(recipe, way, folder, goes_on, begun)
 
         found = self.rows.get(name, make)
         if not plan.offers:
@@ -223,11 +223,12 @@ class Bench:
             shutil.rmtree(steps, ignore_errors=True)
 
     def _carried_out(
-        self, recipe: Recipe, way: Way, folder: Path, readings: bool, begun: Path | None
+        self, recipe: Recipe, way: Way, folder: Path, goes_on: bool, begun: Path | None
     ) -> dict[str, Any]:
+        """Run a recipe; of one that another may go on from, the checkpoints stay."""
         began, steps = time.monotonic(), self._steps(folder)
         options = self.options(way.target) | {
-            "step_readings": readings,
+            "step_readings": not goes_on,
             "rounds": max(10, self.settings.rounds // 2),
             "workspace": steps,
             "resume": steps.exists(),
@@ -239,6 +240,8 @@ class Bench:
             return {"failed": str(error)}
         shutil.rmtree(folder, ignore_errors=True)
         result.save(folder)
+        if not goes_on:
+            shutil.rmtree(steps, ignore_errors=True)
         said, ratios = result.readings, result.readings["ratios"]
         return {
             "folder": folder.name,

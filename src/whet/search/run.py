@@ -47,7 +47,10 @@ from whet.search.wish import preset as usual
 from whet.targets.target import Target
 from whet.task import Task
 
-LONGER = 0.35  # a drop falls with the length of the recovery to this power, as a first guess
+# a drop falls with the length of the recovery to this power, as a first guess; a long one goes on
+# from a short one
+LONGER = 0.35
+GAIN = (1 + TIMES) ** LONGER
 FIRST_RATE = 0.25  # drop over deviation, before any trial was made
 LEAST_DROP = 0.1  # of the limit: no smaller drop is told from none
 SOLVES = 10  # to find the plan of a deviation
@@ -235,9 +238,8 @@ class Search:
 
     def _trial(self, plan: Plan, way: Way, kind: str) -> dict[str, Any] | None:
         """A trial on the bench; one that failed is noted."""
-        recovers = kind == "long" and plan.offers and self.task.train is not None
         short = [t for t in self.trials if t["offers"] == plan.named and not t["final"]]
-        before = short[-1] if short and recovers else None
+        before = short[-1] if short and kind == "long" else None
         trial = self.bench.trial(plan, way, kind, before)
         if "failed" in trial:
             self.notes.append(f"a trial failed: {trial['failed']}")
@@ -305,7 +307,7 @@ class Search:
         """
         limit = self.bounds["drop"][0]
         if kind == "short" and self.task.train is not None:
-            limit *= (1 + TIMES) ** LONGER
+            limit *= GAIN
         cut = [(t["deviation"], self._after(t, kind)) for t in self.trials if t["offers"]]
         room = deviation_of(limit, cut)
         (low, high), bearable = ends, False
@@ -329,9 +331,7 @@ class Search:
         """The drop of a trial, had it been recovered for as long as those of `kind`."""
         if self.task.train is None or trial["final"] == (kind == "long"):
             return trial["drop"]
-        # a long recovery goes on from a short one
-        longer = (1 + TIMES) ** LONGER
-        return trial["drop"] * longer if trial["final"] else trial["drop"] / longer
+        return trial["drop"] * GAIN if trial["final"] else trial["drop"] / GAIN
 
     def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from onnx import NodeProto, helper
@@ -82,35 +82,35 @@ def add_to_accumulators(graph: OnnxGraph) -> None:
 
 
 class _Product(NamedTuple):
-    """A quantized product with a constant, x W - b, as rule 2 of `integers` leaves it."""
+    """A quantized product with a constant, x W - b, and the grid that it goes onto alone."""
 
     product: NodeProto
     back: NodeProto
     shift: NodeProto | None
-
-    @property
-    def result(self) -> str:
-        return (self.shift or self.product).output[0]
+    onto: NodeProto
 
 
 def join_products(graph: OnnxGraph) -> None:
-    """Products of one input, x W1, x W2, ..., become one x [W1 W2 ...] that is split behind it.
+    """Products of one input onto one grid, x W1, x W2, ..., become one x [W1 W2 ...], split behind.
 
-    Queries, keys and values of attention: a call of a kernel takes as long as some arithmetic.
+    These are queries, keys and values of attention, which then runs on codes from one call.
     """
-    beside: dict[tuple[str, bool, str], list[_Product]] = {}
+    beside: dict[tuple[Any, ...], list[_Product]] = {}
     for node in graph.of_kind("MatMul"):
         found = _product(graph, node)
         if found is not None:
-            kind = str(graph.arrays[found.back.input[0]].dtype)
-            beside.setdefault((node.input[0], found.shift is None, kind), []).append(found)
+            codes = graph.arrays[found.back.input[0]].dtype
+            grid = (graph.arrays[name] for name in found.onto.input[1:])
+            like = (each for array in grid for each in (array.dtype, array.tobytes()))
+            key = node.input[0], codes, found.shift is None, *like
+            beside.setdefault(key, []).append(found)
     for same in beside.values():
         if len(same) > 1:
             _join(graph, same)
 
 
 def _product(graph: OnnxGraph, node: NodeProto) -> _Product | None:
-    """The product, if it is of codes with one scale for each output that nobody else reads."""
+    """The product, if it is of codes with one scale for each output, and all is read by one."""
     data, back = (graph.maker(name, "DequantizeLinear") for name in node.input)
     if data is None or back is None or len(back.input) > 2:
         return None
@@ -120,56 +120,45 @@ def _product(graph: OnnxGraph, node: NodeProto) -> _Product | None:
         return None
     if facts(back).get("axis", 1) % codes.ndim != 1:
         return None
-    readers = graph.readers(node.output[0])
-    shift = readers[0] if len(readers) == 1 and readers[0].op_type == "Sub" else None
-    if shift is not None:
+    shift = onto = _reader(graph, node.output[0])
+    if shift is not None and shift.op_type == "Sub":
         bias = graph.arrays.get(shift.input[1])
         if bias is None or bias.shape != scale.shape or len(graph.readers(shift.input[1])) > 1:
-            shift = None
-    return _Product(node, back, shift)
+            return None
+        onto = _reader(graph, shift.output[0])
+    else:
+        shift = None
+    if onto is None or onto.op_type != "QuantizeLinear":
+        return None
+    held = all(name in graph.arrays for name in onto.input[1:])
+    return _Product(node, back, shift, onto) if held else None
+
+
+def _reader(graph: OnnxGraph, name: str) -> NodeProto | None:
+    """The only node that reads the value."""
+    readers = graph.readers(name)
+    return readers[0] if len(readers) == 1 and name not in graph.final else None
 
 
 def _join(graph: OnnxGraph, same: list[_Product]) -> None:
+    """The first product takes in the others."""
     first, *others = same
-    results = [each.result for each in same]
     widths = [len(graph.arrays[each.back.input[1]]) for each in same]
-
-    def joined(names: list[str]) -> None:
-        arrays = [graph.arrays[name] for name in names]
-        graph.arrays[names[0]] = np.concatenate(arrays, axis=-1)
-
-    joined([each.back.input[0] for each in same])
-    joined([each.back.input[1] for each in same])
     shifts = [each.shift for each in same if each.shift is not None]
-    if shifts:
-        joined([shift.input[1] for shift in shifts])
-    for each in others:
-        for node in (each.product, each.back, each.shift):
-            if node is not None:
-                graph.drop(node)
-    last = first.shift or first.product
-    place = graph.places[id(last)]
-    graph.drop(last)
-    whole = f"{results[0]}/joined"
-    graph.add(helper.make_node(last.op_type, list(last.input), [whole]), place)
-    codes = [_only_codes(graph, name) for name in results]
-    grids = {tuple(code.input[1:]) if code is not None else () for code in codes}
-    if len(grids) == 1 and () not in grids:  # all on one grid: the product writes codes at once
-        written = f"{whole}/codes"
-        graph.add(helper.make_node("QuantizeLinear", [whole, *grids.pop()], [written]), place)
-        whole, results = written, [code.output[0] for code in codes if code is not None]
-        for code in codes:
-            if code is not None:
-                graph.drop(code)
-    graph.add(helper.make_node("Split", [whole, f"{results[0]}/widths"], results, axis=-1), place)
-    graph.arrays[f"{results[0]}/widths"] = np.array(widths, np.int64)
-
-
-def _only_codes(graph: OnnxGraph, name: str) -> NodeProto | None:
-    """The node that puts a value on a grid, where nothing else reads it."""
-    readers = graph.readers(name)
-    alone = len(readers) == 1 and name not in graph.final
-    return readers[0] if alone and readers[0].op_type == "QuantizeLinear" else None
+    constants = [[each.back.input[k] for each in same] for k in (0, 1)]
+    for names in [*constants, [shift.input[1] for shift in shifts]]:
+        if names:
+            arrays = [graph.arrays[name] for name in names]
+            graph.arrays[names[0]] = np.concatenate(arrays, axis=-1)
+    for node in [node for each in others for node in each if node is not None]:
+        graph.drop(node)
+    graph.drop(first.onto)
+    place, whole = graph.places[id(first.product)], f"{first.onto.output[0]}/joined"
+    sizes = f"{whole}/widths"
+    graph.arrays[sizes] = np.array(widths, np.int64)
+    graph.add(helper.make_node("QuantizeLinear", list(first.onto.input), [whole]), place)
+    parts = [each.onto.output[0] for each in same]
+    graph.add(helper.make_node("Split", [whole, sizes], parts, axis=-1), place)
 
 
 class OpenVino(Target):

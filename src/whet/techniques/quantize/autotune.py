@@ -111,9 +111,7 @@ class Search:
         self.rungs = [*(widths[-1:] if self.timed else widths), None]
         self.calls = sites.calls(self.base, work.task.example)
         plan = placement(self.calls, technique.skip, integer_ops(work.targets))
-        self.grids = technique.grids(
-            plan, technique.histograms(work, plan), lambda _: 8, work.targets
-        )
+        self.grids = technique.grids(work, self.calls, plan)
         macs = trace.macs(self.base, work.task.example)
         self.forms = [[self.form(layers[p], b) for b in self.rungs] for p in self.paths]
         self.sizes = [[form.bits() for form in forms] for forms in self.forms]

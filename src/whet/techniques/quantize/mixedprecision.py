@@ -108,8 +108,7 @@ class MixedPrecision(StaticTechnique):
             packed.rewrite(module, "weight", lambda w, b=bits[path]: self.pack(w, b))
         wide = {site: b for c in chosen for site, b in c.reads.items()}
         top = max(self.activation_choices)
-        found = self.histograms(work, plan)  # of what the rounded weights make
-        grids = self.grids(plan, found, lambda site: wide.get(site, top), work.targets)
+        grids = self.grids(work, calls, plan, lambda site: wide.get(site, top))
         surgery.set_grids(work.model, grids)
         each = ", ".join(f"{b} bits {n}" for b, n in sorted(Counter(bits.values()).items()))
         work.notes.append(

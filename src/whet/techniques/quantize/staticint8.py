@@ -32,15 +32,7 @@ from pydantic import Field
 from whet import packed
 from whet.graph import sites, surgery
 from whet.rungs.layers import skipped
-from whet.rungs.static import (
-    StaticTechnique,
-    attended,
-    integer_ops,
-    most_bits,
-    placement,
-    shared,
-    wide,
-)
+from whet.rungs.static import StaticTechnique, integer_ops, most_bits, placement, wide
 from whet.technique import Work
 
 
@@ -80,13 +72,8 @@ class StaticInt8(StaticTechnique):
         plan = placement(calls, self.skip, integer_ops(work.targets))
         kept = wide(calls, plan, self.eight)
         grids = self.grids(
-            plan,
-            self.histograms(work, plan),
-            lambda site: 8 if site in kept else self.activation_bits,
-            work.targets,
+            work, calls, plan, lambda site: 8 if site in kept else self.activation_bits
         )
-        for same in attended(calls, plan):
-            grids |= shared({site: grids[site] for site in grids if plan[site] in same})
         surgery.set_grids(work.model, grids)
         work.notes.append(
             f"{len(layers)} layers on grids of {few} bits and {len(plan)} activations "
