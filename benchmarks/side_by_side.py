@@ -4,12 +4,12 @@
     WHET_DATA=... OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/side_by_side.py --accuracy 10000
 
 In one run: the same images for all to calibrate on, the same others to compare on, and in each
-runtime all files timed in turns in one process. Times are processor times on one thread. ResNet-56
+runtime all files timed in turns, in one process after the other. Times are processor times on one
+thread; a ratio is the median over the processes of that of the medians in each. ResNet-56
 is the pretrained one; the others have random weights, with BatchNorm statistics of the data, so
 that what counts is how far the int8 logits are from the float32 ones:
 SQNR = 10 log10(sum y^2 / sum (y' - y)^2), in dB. torchao's network (PT2E, the quantizer for x86) is
-written as ONNX and runs in ONNX Runtime; with --compile it is also timed in its own runtime,
-Inductor, against the float network there.
+written as ONNX for ONNX Runtime, and as a package of Inductor, its own runtime.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ import contextlib
 import copy
 import importlib
 import io
+import multiprocessing
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ from real_speed import mobilenet_v2, vgg16
 from whet import catalog
 from whet.graph.statistics import reestimate_batchnorm
 from whet.measure import latency, quality
+from whet.targets.inductorfile import OPTIONS
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 from whet.task import Task
@@ -125,8 +127,8 @@ def ours(task: Task, target: Target) -> tuple[nn.Module, float]:
     return work.model.eval(), time.process_time() - began
 
 
-def torchao_pt2e(task: Task, destination: Path) -> tuple[float, nn.Module]:
-    """torchao's static quantization for x86, written as ONNX: the seconds, without the export."""
+def torchao_pt2e(task: Task) -> tuple[float, nn.Module]:
+    """torchao's static quantization for x86: the seconds, without the export, and the network."""
     x86 = importlib.import_module(f"{PT2E}.quantizer.x86_inductor_quantizer")
     pt2e = importlib.import_module(f"{PT2E}.quantize_pt2e")
     quantizer = x86.X86InductorQuantizer()
@@ -138,33 +140,20 @@ def torchao_pt2e(task: Task, destination: Path) -> tuple[float, nn.Module]:
         for image in x.split(1):
             prepared(image)
     converted = pt2e.convert_pt2e(prepared)
-    seconds = time.process_time() - began
+    return time.process_time() - began, converted
+
+
+def torchao_file(target: Target, task: Task, converted: nn.Module, destination: Path) -> None:
+    """torchao's network for a runtime: as ONNX, or as a package of Inductor, its own."""
     program = torch.export.export(converted, task.example)
-    with contextlib.redirect_stdout(io.StringIO()):
-        torch.onnx.export(program, dynamo=True, verbose=False).save(str(destination))
-    return seconds, converted
-
-
-def compiled(task: Task, converted: nn.Module, rounds: int) -> dict[str, Any]:
-    """The time of torchao's network over the float one's, both compiled by Inductor."""
-    importlib.import_module("torch._inductor.config").freezing = True
-    lowering = importlib.import_module(f"{PT2E}.lowering")
-    lowered = lowering.lower_pt2e_quantized_to_x86(converted, task.example)
-    nets = [torch.compile(net) for net in (copy.deepcopy(task.model), lowered)]
-    times: list[list[list[float]]] = [[], []]
-    for _ in range(rounds):
-        took: list[list[float]] = [[], []]
-        for _ in range(3):
-            for net, found in zip(nets, took, strict=True):
-                net(*task.example)
-                start = time.process_time()
-                net(*task.example)
-                found.append(1000 * (time.process_time() - start))
-        for found, one in zip(times, took, strict=True):
-            found.append(one)
-    tables = [np.array(each[1:]) for each in times]  # without the compilation
-    timings = [latency.Timing(np.median(t, axis=1), t.reshape(-1), {}) for t in tables]
-    return latency.compare(*timings) | {"ms": timings[1].summary()["median"]}
+    if target.name == "inductor":
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(destination), inductor_configs=OPTIONS
+            )
+    else:
+        with contextlib.redirect_stdout(io.StringIO()):
+            torch.onnx.export(program, dynamo=True, verbose=False).save(str(destination))
 
 
 @dataclass
@@ -200,18 +189,21 @@ def rows_of(target: Target, task: Task, model: nn.Module, folder: Path) -> dict[
     if not original.exists():
         exported = torch.onnx.export(task.model, task.example, dynamo=True, verbose=False)
         exported.save(str(original))
-    if target.name == "onnxruntime":
-        for layers in (False, True) if task.name in TRANSFORMERS else (False,):
-            name = "quantize_static, layers" if layers else "quantize_static"
-            file = folder / f"static{int(layers)}.onnx"
-            found[name] = Row([file], onnxruntime_static(task, original, file, layers))
-    else:
-        kinds = (False, True) if task.name in TRANSFORMERS else (False,)
-        for transformer in kinds:
-            name = "NNCF, transformer" if transformer else "NNCF"
-            file = folder / f"nncf{int(transformer)}.xml"
-            seconds = nncf_static(task, original, file, transformer)
-            found[name] = Row([file, file.with_suffix(".bin")], seconds)
+    kinds = (False, True) if task.name in TRANSFORMERS else (False,)
+    for transformer in kinds if target.name == "onnxruntime" else ():
+        name = "quantize_static, layers" if transformer else "quantize_static"
+        file = folder / f"static{int(transformer)}.onnx"
+        found[name] = Row([file], onnxruntime_static(task, original, file, transformer))
+    for transformer in kinds if target.name == "openvino" else ():
+        name = "NNCF, transformer" if transformer else "NNCF"
+        file = folder / f"nncf{int(transformer)}.xml"
+        seconds = nncf_static(task, original, file, transformer)
+        found[name] = Row([file, file.with_suffix(".bin")], seconds)
+    if target.name != "openvino":
+        seconds, converted = torchao_pt2e(task)
+        file = folder / f"torchao{target.suffix}"
+        torchao_file(target, task, converted, file)
+        found["torchao PT2E"] = Row([file], seconds)
     return found
 
 
@@ -265,36 +257,56 @@ def interval(power: np.ndarray, noises: list[np.ndarray]) -> tuple[float, float]
 
 
 def timed(
-    target: Target, files: dict[str, Path], task: Task, rounds: int
+    target: Target, files: dict[str, Path], task: Task, processes: int, rounds: int
 ) -> dict[str, latency.Timing]:
-    """Processor time of each file, in turns, each timed call behind an untimed one.
+    """Processor time of each file; the rounds that are compared are whole processes.
 
-    On one thread it is the time of the call, less what other processes took of the core.
+    Where a process happens to lay a file's weights moves its time by up to three hundredths, so
+    that in each process another file comes first and a process counts as one round, by its medians.
     """
-    inputs = as_arrays(task.example)
-    sessions = {name: target.open(file, 1, "f32") for name, file in files.items()}
-    taken: dict[str, list[list[float]]] = {name: [] for name in files}
-    for _ in range(rounds):
-        for found in taken.values():
-            found.append([])
-        for _ in range(3):
-            for name, session in sessions.items():
-                session.run(inputs)
-                start = time.process_time()
-                session.run(inputs)
-                taken[name][-1].append(1000 * (time.process_time() - start))
-    tables = {name: np.array(found) for name, found in taken.items()}
+    names, found = list(files), {name: [] for name in files}
+    for process in range(processes):
+        place = process % len(names)
+        order = {name: files[name] for name in names[place:] + names[:place]}
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            arrays = as_arrays(task.example)
+            for name, calls in (
+                pool.submit(taken, target.name, order, arrays, rounds).result().items()
+            ):
+                found[name].append(calls)
     return {
-        name: latency.Timing(np.median(table, axis=1), table.reshape(-1), {})
-        for name, table in tables.items()
+        name: latency.Timing(np.array([np.median(c) for c in calls]), np.concatenate(calls), {})
+        for name, calls in found.items()
     }
 
 
+def taken(
+    target: str, files: dict[str, Path], inputs: list[np.ndarray], rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of processor time of each call, the files in turns, each behind an untimed call.
+
+    On one thread it is the time of the call, less what other processes took of the core.
+    """
+    runtime = catalog.target(target)
+    sessions = {name: runtime.open(file, 1, "f32") for name, file in files.items()}
+    found: dict[str, list[float]] = {name: [] for name in files}
+    for _ in range(3 * rounds):
+        for name, session in sessions.items():
+            session.run(inputs)
+            start = time.process_time()
+            session.run(inputs)
+            found[name].append(1000 * (time.process_time() - start))
+    return found
+
+
 def report(
-    target: Target, task: Task, found: dict[str, Row], power: np.ndarray, rounds: int
+    target: Target,
+    task: Task,
+    found: dict[str, Row],
+    power: np.ndarray,
+    times: dict[str, latency.Timing],
 ) -> None:
-    """Time all files in turns and print the table."""
-    times = timed(target, {name: row.files[0] for name, row in found.items()}, task, rounds)
+    """Print the table."""
     print(f"\n### {task.name}, {target.name}\n")
     print("| | top-1 % | SQNR dB [95 %] | ms | time ratio [95 %] | whet over it [95 %] ", end="")
     print("| s to quantize | bytes | int8 layers |\n|---|---|---|---|---|---|---|---|---|")
@@ -321,17 +333,16 @@ def report(
             low, high = interval(power, [mine, row.noise])
             more = decibels(power, mine) - decibels(power, row.noise)
             print(f"\nwhet over {name}: {more:+.1f} dB [{low:+.1f}, {high:+.1f}].")
-    print(f"\n{measuring.signed(target, task, rounds)}", flush=True)
 
 
 def main() -> None:
     """A table for each network and runtime."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("networks", nargs="*", default=["ResNet-56", *NETWORKS])
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=10, help="of a process")
     parser.add_argument("--accuracy", type=int, default=0, help="of ResNet-56 on so many images")
-    parser.add_argument("--compile", nargs="*", default=[], help="networks to compile with torchao")
-    parser.add_argument("--runtimes", nargs="*", default=["onnxruntime", "openvino"])
+    parser.add_argument("--runtimes", nargs="*", default=["onnxruntime", "openvino", "inductor"])
     options = parser.parse_args()
     torch.set_num_threads(1)
     for name in options.networks:
@@ -345,17 +356,13 @@ def main() -> None:
                 model, seconds = ours(task, target)
                 found = rows_of(target, task, model, folder)
                 found["whet"].seconds = seconds
-                if target.name == "onnxruntime":
-                    file = folder / "torchao.onnx"
-                    taken, converted = torchao_pt2e(task, file)
-                    found["torchao PT2E"] = Row([file], taken)
-                    if name in options.compile:
-                        said = compiled(task, converted, options.rounds)
-                        print(f"\n{name}, torchao compiled by Inductor over float32: {said}")
                 power = compare(target, task, found)
                 if options.accuracy and task.test is not None:
                     accuracies(target, task, found, options.accuracy)
-                report(target, task, found, power, options.rounds)
+                files = {name: row.files[0] for name, row in found.items()}
+                times = timed(target, files, task, options.processes, options.rounds)
+                report(target, task, found, power, times)
+                print(f"\n{measuring.signed(target, task, options.rounds)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,14 +46,26 @@ def test_unknown_technique(name: str, words: str):
 def test_unknown_target():
     with pytest.raises(BadInput, match=r"choose a target: 'onnx' is not one. Did you mean onnxrun"):
         catalog.target("onnx")
-    with pytest.raises(BadInput, match=r"'tpu' is not one. Known are: executorch, onnxrun"):
+    with pytest.raises(
+        BadInput, match=r"'tpu' is not one. Known are: executorch, inductor"
+    ):
         catalog.target("tpu")
 
 
-@pytest.mark.parametrize("name", ["executorch", "onnxruntime", "openvino"])
-def test_target_that_is_not_installed_names_the_extra(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(catalog, "installed", lambda package: package != name)
-    words = rf"the package {name} is not installed. Run: pip install 'whet\[{name}\]'"
+@pytest.mark.parametrize(
+    ("name", "package", "install"),
+    [
+        ("executorch", "executorch", r"'whet\[executorch\]'"),
+        ("inductor", "torch", "whet"),
+        ("onnxruntime", "onnxruntime", "whet"),
+        ("openvino", "openvino", r"'whet\[openvino\]'"),
+    ],
+)
+def test_target_that_is_not_installed_says_what_brings_it(
+    name: str, package: str, install: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(catalog, "installed", lambda each: each != package)
+    words = rf"the package {package} is not installed. Run: pip install {install}\."
     with pytest.raises(TargetFailed, match=words):
         catalog.target(name)
     assert name not in [target.name for target in catalog.present()]

@@ -64,7 +64,7 @@ def target(name: str) -> Target:
         raise TargetFailed(
             f"use the target {name}",
             f"the package {found.package} is not installed",
-            f"Run: pip install 'whet[{found.extra}]'.",
+            f"Run: {found.install}.",
         )
     return found
 

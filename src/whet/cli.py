@@ -727,7 +727,7 @@ def targets(as_json: Json = False) -> None:
         name: {
             "installed": installed(target.package),
             "version": version(target.package),
-            "install": f"pip install 'whet[{target.extra}]'",
+            "install": target.install,
             "facts": dict(target.facts) | {"int8 here": _int8_here(target.weight_bits(here()))},
         }
         for name, target in catalog.targets().items()

@@ -11,6 +11,7 @@ from whet.search import bench
 from whet.search.bench import LEAST, TIMES, Bench
 from whet.search.menu import Offer
 from whet.search.plan import Plan
+from whet.search.steering import FIRST
 from whet.search.wish import Wish
 from whet.techniques.prune.l1filters import L1Filters
 from whet.testing import tiny_task
@@ -68,3 +69,23 @@ def test_slow_tries_leave_the_recoveries_their_least(at):
     clock.now = 99.0
     short = found._epochs(plan(), "short")
     assert short * (4 + 2 * TIMES) == pytest.approx(LEAST * 100, rel=1e-3)
+
+
+def test_a_kill_between_trainings_repeats_none(tmp_path, monkeypatch):
+    """The recovery of a search that goes on is the one it would have found."""
+    wish = Wish(Goals(drop="1pp"), "latency", 4, 2, 0.1, None, None, ["float"])
+    trained = []
+
+    def begin():
+        rows = Rows(tmp_path / "rows.jsonl")
+        found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), rows, Here())
+        cut = found._cut
+        found._cut = lambda plan: trained.append(plan) or cut(plan)  # type: ignore
+        return found
+
+    whole = begin()._recovery(plan())
+    assert len(trained) == len(FIRST)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n")  # two trainings stay
+    assert begin()._recovery(plan()) == whole
+    assert len(trained) == len(FIRST) + 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -29,6 +30,7 @@ from whet.search import plan as plans
 from whet.search.costs import Profile
 from whet.search.menu import Attempt, Menu, Tries, counts, draw
 from whet.search.plan import Plan
+from whet.search.steering import steered
 from whet.search.wish import Wish, finishing
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
@@ -42,7 +44,8 @@ LEAST = 0.3  # of the time is for recoveries, however long the tries took
 TRYING = 0.15  # of the time is for tries
 PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
-RATES = (0.05, 0.01, 0.002)
+STEERING = 0.05  # of the time is to find out how to recover
+PROBE = 0.1  # of a short recovery's epochs, for each way
 TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student
 
 
@@ -183,9 +186,9 @@ class Bench:
         """
         recovery, epochs = [], 0.0
         if plan.offers and self.task.train is not None:
-            rate, epochs = self._rate(plan), self._epochs(plan, kind)
+            knobs, epochs = self._recovery(plan), self._epochs(plan, kind)
             lengths = [epochs] if before is None else [before["epochs"], epochs]
-            recovery = [catalog.technique("Distill", {"epochs": n, "lr": rate}) for n in lengths]
+            recovery = [catalog.technique("Distill", {"epochs": n} | knobs) for n in lengths]
             epochs = sum(lengths)
         recipe = plans.recipe(plan.offers, recovery, finishing(way.finish))
         where = f"{way.target} {self.settings.seed} {self.settings.threads}"
@@ -292,22 +295,29 @@ class Bench:
         spent = time.monotonic() - self.began + turns * max(self.proofs)
         return max(self.wish.seconds - spent, LEAST * self.wish.seconds)
 
-    def _rate(self, plan: Plan) -> float:
-        """The learning rate that brought the first plan furthest in a few steps."""
+    def _recovery(self, plan: Plan) -> dict[str, Any]:
+        """The knobs of the recovery: those that brought the first plan furthest in a few steps."""
+        few = list(limited(self.task.validation or [], 1000))
+        epochs = min(1.0, PROBE * self.wish.epochs)
 
-        def measured() -> float:
-            few = list(limited(self.task.validation or [], 1000))
-            metric, found = self.task.measure, {}
-            for rate in RATES:
-                self.settings.tell("choose the learning rate", len(found), len(RATES))
-                work = self._cut(plan)
-                share = min(1.0, 0.1 * self.wish.epochs)
-                _attempt(catalog.technique("Distill", {"epochs": share, "lr": rate}), work)
-                worth = evaluate(work.model, few, metric)
-                found[rate] = worth if metric.better == "higher" else -worth
-            return max(RATES, key=lambda rate: found[rate])
+        def measured(knobs: dict[str, Any]) -> tuple[float, float]:
+            began = time.monotonic()
+            work = self._cut(plan)
+            _attempt(catalog.technique("Distill", {"epochs": epochs} | knobs), work)
+            worth = evaluate(work.model, few, self.task.measure)
+            better = worth if self.task.measure.better == "higher" else -worth
+            return better, time.monotonic() - began
 
-        return self.rows.get(f"rate {self.network}", measured)
+        def probe(knobs: dict[str, Any]) -> tuple[float, float]:
+            done = next(tried)
+            self.settings.tell("find out how to recover", done, done + 1)
+            return self.rows.get(f"recovery {knobs} {self.network}", lambda: measured(knobs))
+
+        def steer() -> dict[str, Any]:
+            return steered(probe, STEERING * (self.wish.seconds or 0.0), self.settings.seed)
+
+        tried = itertools.count()
+        return self.rows.get(f"recovery {self.network}", steer)
 
     def _cut(self, plan: Plan) -> Work:
         """The network cut, for a training that does not look at validation data."""

@@ -210,7 +210,7 @@ class OnnxRuntime(Target):
 
     name: ClassVar[str] = "onnxruntime"
     package: ClassVar[str] = "onnxruntime"
-    extra: ClassVar[str] = "onnxruntime"
+    extra: ClassVar[str] = ""
     facts: ClassVar[Mapping[str, str]] = {
         "int8 static": "conv and linear: u8 activations per tensor, s8 weights per channel",
         "int8 dynamic": "linear only; slower than float32 on every convolutional network measured",

@@ -60,7 +60,7 @@ class Target(ABC):
     Class attributes:
         name: what the command line calls it.
         package: the Python package that must be there.
-        extra: the extra of whet that installs it.
+        extra: the extra of whet that installs it; "" where whet brings it.
         precisions: what the float network can run in here, the reference first.
         facts: what this runtime speeds up, as data for people and for the search.
         integer_ops: torch calls that it computes on integers, so that what they read deserves a
@@ -84,6 +84,11 @@ class Target(ABC):
     widths: ClassVar[frozenset[int]] = frozenset()
     suffix: ClassVar[str] = ".onnx"
     rules: ClassVar[Sequence[Callable[[OnnxGraph], None]]] = ()
+
+    @property
+    def install(self) -> str:
+        """The command that brings it."""
+        return f"pip install 'whet[{self.extra}]'" if self.extra else "pip install whet"
 
     def lower(self, model: nn.Module, example: tuple[Any, ...]) -> Lowered:
         """The network on its way into a file of this runtime; in our process, not in the other.
