@@ -46,9 +46,7 @@ def test_unknown_technique(name: str, words: str):
 def test_unknown_target():
     with pytest.raises(BadInput, match=r"choose a target: 'onnx' is not one. Did you mean onnxrun"):
         catalog.target("onnx")
-    with pytest.raises(
-        BadInput, match=r"'tpu' is not one. Known are: executorch, inductor"
-    ):
+    with pytest.raises(BadInput, match=r"'tpu' is not one. Known are: executorch, inductor"):
         catalog.target("tpu")
 
 

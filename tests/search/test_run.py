@@ -44,15 +44,15 @@ def test_the_deviation_of_a_drop_is_that_of_the_law_between_the_nearest_trials()
         assert law(run.deviation_of(limit, known)) == pytest.approx(limit)
     # the other trials do not matter
     assert run.deviation_of(0.1, known) == run.deviation_of(0.1, known[1:3])
-    # with trials on one side alone: in proportion
-    assert run.deviation_of(2 * law(0.9), known) == pytest.approx(1.8)
-    assert run.deviation_of(law(0.01) / 2, known) == pytest.approx(0.005)
-    assert run.deviation_of(0.1, []) == pytest.approx(0.1 / run.FIRST_RATE)
+    # with trials on one side alone: by the square
+    assert run.deviation_of(4 * law(0.9), known) == pytest.approx(1.8)
+    assert run.deviation_of(law(0.01) / 4, known) == pytest.approx(0.005)
+    assert run.deviation_of(0.01, []) == pytest.approx((0.01 / run.FIRST_RATE) ** 0.5)
 
 
 def test_the_deviation_of_a_drop_in_noise():
     # a trial that was better than the original says that more is bearable, not how much more
-    assert run.deviation_of(0.01, [(0.1, -0.002)]) == pytest.approx(0.1 / run.LEAST_DROP)
+    assert run.deviation_of(0.01, [(0.1, -0.002)]) == pytest.approx(0.1 / run.LEAST_DROP**0.5)
     # a mild plan that happened to be worse than a stronger one
     between = run.deviation_of(0.01, [(0.1, 0.02), (0.2, 0.005), (0.4, 0.03)])
     assert 0.2 < between < 0.4
@@ -71,7 +71,7 @@ def test_the_next_plan_is_the_strongest_that_should_be_bearable(monkeypatch, roo
     search = run.Search.__new__(run.Search)
     search.task = dataclasses.replace(tiny_task("plain_cnn"), train=None)
     search.bounds, search.wish = (
-        {"drop": (room * run.FIRST_RATE, "")},
+        {"drop": (run.FIRST_RATE * room**2, "")},
         SimpleNamespace(minimize="latency"),
     )
     search.trials = []

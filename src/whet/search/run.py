@@ -47,11 +47,12 @@ from whet.search.wish import preset as usual
 from whet.targets.target import Target
 from whet.task import Task
 
-# a drop falls with the length of the recovery to this power, as a first guess; a long one goes on
-# from a short one
-LONGER = 0.35
+# a drop falls with the length of the recovery to this power: four times as long hardly helped the
+# ResNet-56 of benchmarks/search.py; a long one goes on from a short one
+LONGER = 0.1
 GAIN = (1 + TIMES) ** LONGER
-FIRST_RATE = 0.25  # drop over deviation, before any trial was made
+FIRST_RATE = 0.25  # the drop at a deviation of 1, before any trial was made
+POWER = 2  # of the deviation, to which a drop grows where trials do not say
 LEAST_DROP = 0.1  # of the limit: no smaller drop is told from none
 SOLVES = 10  # to find the plan of a deviation
 MARGIN = 0.99  # predicted costs keep this far within their limits
@@ -457,7 +458,7 @@ def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
     """The deviation whose drop should be `limit`; none where no drop is allowed.
 
     Between the nearest measured drops below and above it, log drop is linear in log deviation; with
-    but one of them the drop is proportional to the deviation.
+    but one of them the drop grows with the deviation to the POWER.
 
     Args:
         limit: a drop.
@@ -473,7 +474,7 @@ def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
         (x0, y0), (x1, y1) = under, over
         return x0 * (x1 / x0) ** (math.log(limit / y0) / math.log(y1 / y0))
     x, y = under or over or (1.0, FIRST_RATE)
-    return x * limit / y
+    return x * (limit / y) ** (1 / POWER)
 
 
 def _beats(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
