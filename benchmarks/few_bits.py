@@ -5,6 +5,9 @@
 
 "mixed W4" takes as many bytes of weights as W4.
 
+The pretrained network has seen all training images, those for validation too. With --unseen one
+half of the test images is for validation in their place, for what looks at it; the other judges.
+
 512 calibration images, no training but for Qat, Pact, DoReFa and TrainedTernary, whose first and
 last layers keep 8 bits or their floats. Test images are read once a row.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import time
 from typing import Any
 
@@ -64,7 +68,9 @@ ROWS |= {
     "W4 A4, Pact": [*grids(4, 4, ENDS), ("Pact", {"epochs": 2})],
     "W4 A4, DoReFa": [*grids(4, 4, ENDS), ("DoReFa", {"epochs": 2})],
     "Ternary": alone("Ternary", skip=ENDS),
-    "TrainedTernary": alone("TrainedTernary", epochs=2),
+    # its BatchNorms train, and are folded into the tables when the network is deployed
+    "TrainedTernary": [("TrainedTernary", {"epochs": 2})],
+    "Autotune": [("FoldBatchNorm", {}), ("Autotune", {"tolerance": 0.5, "choices": [3, 4, 8]})],
 }
 
 
@@ -75,8 +81,12 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--validation-only", action="store_true", help="leave the test images out")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unseen", action="store_true", help="one half of the test images is")
     options = parser.parse_args()
     task = cifar(options.depth)
+    if options.unseen:
+        unseen = list(task.test or [])
+        task = dataclasses.replace(task, validation=unseen[::2], test=unseen[1::2])
     batches = task.validation if options.validation_only else task.test
     whole = evaluate(task.model.eval(), batches or [], ACCURACY)
     print(f"ResNet-{options.depth}, float32: {whole:.2%}\n")

@@ -4,11 +4,12 @@ import pytest
 
 from whet.checkpoint import Rows
 from whet.engine import Here
+from whet.errors import TargetFailed
 from whet.measure.goals import Goals
 from whet.probe import Option
 from whet.runner import Settings
 from whet.search import bench
-from whet.search.bench import LEAST, TIMES, Bench
+from whet.search.bench import LEAST, TIMES, Bench, Way
 from whet.search.menu import Offer
 from whet.search.plan import Plan
 from whet.search.steering import FIRST
@@ -89,3 +90,17 @@ def test_a_kill_between_trainings_repeats_none(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n")  # two trainings stay
     assert begin()._recovery(plan()) == whole
     assert len(trained) == len(FIRST) + 1
+
+
+def test_a_runtime_that_dies_on_a_plan_ends_no_search(tmp_path, monkeypatch):
+    wish = Wish(Goals(drop="1pp"), "latency", 4, 2, 0.1, None, None, ["float"])
+    found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), Rows(), Here())
+
+    def die(*_, **__):
+        raise TargetFailed("time it", "it killed its process (SIGSEGV)", "Try another.")
+
+    way = Way("float", "onnxruntime")
+    assert found._faster([], way) == 1.0
+    monkeypatch.setattr(bench.latency, "by_layer", die)
+    assert found._faster([L1Filters(amount=0.5)], way) is None
+    assert len(found.timed) == 1  # what was not timed teaches nothing

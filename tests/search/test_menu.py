@@ -163,6 +163,15 @@ def test_what_saves_operations_and_no_time_is_turned_down_by_the_clock():
     assert all(not step.only for step in asked)  # everywhere at once
 
 
+def test_what_the_runtime_fails_on_is_turned_down():
+    tries = Slow(
+        1e6, {"L1Filters": 1.0, "Cp": 1.0}, clock=lambda step: None if step.name == "Cp" else 0.6
+    )
+    menu = drawn(tries)
+    assert menu.verdicts == {"L1Filters": "taken", "Cp": "the runtime fails on what it makes"}
+    assert {name for name, _ in menu.offers} == {"L1Filters"}
+
+
 def test_who_saves_more_time_for_what_it_disturbs_is_tried_first():
     seconds = {"L1Filters": 1.0, "Cp": 1.0}
     both = Slow(1e6, seconds)

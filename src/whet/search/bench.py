@@ -118,29 +118,32 @@ class Bench:
             self._timed(plans.steps(pick), way)
         return list(self.timed.values())
 
-    def _faster(self, steps: Sequence[Technique], way: Way) -> float:
+    def _faster(self, steps: Sequence[Technique], way: Way) -> float | None:
         """The latency after these steps over that before them, both finished."""
         before, after = self._timed([], way), self._timed(steps, way)
-        assert before is not None
-        return 1.0 if after is None else after.latency / before.latency
+        return None if before is None or after is None else after.latency / before.latency
 
     def _timed(self, steps: Sequence[Technique], way: Way) -> Profile | None:
-        """A plan in the runtime; None where it is refused."""
+        """A plan in the runtime; None where it is refused, or the runtime fails on it."""
         bare = [_bare(step) for step in steps]
         name = f"profile {Recipe(bare).yaml()} {self.network} {way} {self.settings.threads}"
-        row = self.rows.get(name, lambda: self._profile(bare, way))
+
+        def measured() -> dict[str, Any] | None:
+            try:
+                return self._profile(bare, way)
+            except (Refused, TargetFailed):  # the plan was a random one, the runtime has its bugs
+                return None
+
+        row = self.rows.get(name, measured)
         if row is not None:
             self.timed[name] = Profile.of(row)
         return self.timed.get(name)
 
-    def _profile(self, steps: Sequence[Technique], way: Way) -> dict[str, Any] | None:
+    def _profile(self, steps: Sequence[Technique], way: Way) -> dict[str, Any]:
         target = catalog.target(way.target)
         work = self._work(target)
-        try:
-            for step in steps:
-                step.apply(work)
-        except Refused:
-            return None  # the plan was a random one
+        for step in steps:
+            step.apply(work)
         layers = counts(work.model, self.task.example)
         for step in finishing(way.finish):
             few = {"examples": 32} if "examples" in type(step).model_fields else {}

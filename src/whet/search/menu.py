@@ -138,7 +138,8 @@ class Tries:
         engine: where tries are made.
         patience: seconds that all of them may take.
         tell: progress, as tell(what, done, of).
-        clock: the deployed latency after a step, over that before it; None where time is no matter.
+        clock: the deployed latency after a step, over that before it, None where the runtime fails;
+            None where time is no matter.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Tries:
         engine: Engine,
         patience: float,
         tell: Tell,
-        clock: Callable[[Technique], float] | None = None,
+        clock: Callable[[Technique], float | None] | None = None,
     ) -> None:
         self.attempt, self.rows, self.engine = attempt, rows, engine
         self.patience, self.tell, self.clock = patience, tell, clock
@@ -287,6 +288,9 @@ def _fastest(
         tries.tell(f"time {name}", done, len(good))
         kind, _, now = stays[name]
         time = tries.clock(_half(kind))
+        if time is None:
+            menu.verdicts[name] = "the runtime fails on what it makes"
+            continue
         good[name] = max(1 - time, 1 - now[1] / before[1] if "bytes" in wanted else 0.0)
         if good[name] < FASTER:
             menu.verdicts[name] = f"it saves operations and no time: {time:.2f}x"
