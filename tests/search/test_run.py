@@ -35,19 +35,23 @@ def few():
         yield
 
 
-def test_the_deviation_of_a_drop_is_that_of_the_law_between_the_nearest_trials():
+def test_the_deviation_of_a_drop_is_that_of_the_least_squares():
     def law(x):
-        return 3 * x**1.5
+        return 3 * x**2
 
     known = [(x, law(x)) for x in (0.01, 0.05, 0.4, 0.9)]
     for limit in (0.05, 0.1, 0.3):
         assert law(run.deviation_of(limit, known)) == pytest.approx(limit)
-    # the other trials do not matter
-    assert run.deviation_of(0.1, known) == run.deviation_of(0.1, known[1:3])
-    # with trials on one side alone: by the square
-    assert run.deviation_of(4 * law(0.9), known) == pytest.approx(1.8)
-    assert run.deviation_of(law(0.01) / 4, known) == pytest.approx(0.005)
     assert run.deviation_of(0.01, []) == pytest.approx((0.01 / run.FIRST_RATE) ** 0.5)
+    assert run.deviation_of(0.0, [(0.1, 0.02)]) == 0.0
+    # the c of two drops is where the sum of squares is least
+    known = [(0.2, 0.02), (0.4, 0.03)]
+    c = 0.1 / run.deviation_of(0.1, known) ** 2
+
+    def off(c):
+        return sum((y - c * x * x) ** 2 for x, y in known)
+
+    assert off(c) < min(off(0.99 * c), off(1.01 * c))
 
 
 def test_the_deviation_of_a_drop_in_noise():
@@ -56,7 +60,6 @@ def test_the_deviation_of_a_drop_in_noise():
     # a mild plan that happened to be worse than a stronger one
     between = run.deviation_of(0.01, [(0.1, 0.02), (0.2, 0.005), (0.4, 0.03)])
     assert 0.2 < between < 0.4
-    assert run.deviation_of(0.0, [(0.1, 0.02)]) == 0.0
 
 
 @pytest.mark.parametrize("room", [0.001, 0.01, 0.05, 0.3])
@@ -70,12 +73,8 @@ def test_the_next_plan_is_the_strongest_that_should_be_bearable(monkeypatch, roo
     monkeypatch.setattr(run.plans, "choose", choose)
     search = run.Search.__new__(run.Search)
     search.task = dataclasses.replace(tiny_task("plain_cnn"), train=None)
-    search.bounds, search.wish = (
-        {"drop": (run.FIRST_RATE * room**2, "")},
-        SimpleNamespace(minimize="latency"),
-    )
-    search.trials = []
-    _, plan = search._guess(None, None, {}, (0.1, 1.0), "short")
+    search.wish = SimpleNamespace(minimize="latency")
+    plan = search._strongest(None, None, {}, (0.1, 1.0), room)
     assert plan.deviation == pytest.approx(max(0.02 * math.floor(room / 0.02), 0.02), abs=0.021)
     assert plan.deviation <= max(room, 0.02)
 

@@ -23,7 +23,7 @@ import time as clock
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -52,9 +52,9 @@ from whet.task import Task
 LONGER = 0.1
 GAIN = (1 + TIMES) ** LONGER
 FIRST_RATE = 0.25  # the drop at a deviation of 1, before any trial was made
-POWER = 2  # of the deviation, to which a drop grows where trials do not say
-LEAST_DROP = 0.1  # of the limit: no smaller drop is told from none
+LEAST_DROP = 0.2  # of the limit: no trial is taken to have lost less
 SOLVES = 10  # to find the plan of a deviation
+FURTHER, STEPS = 1.1, 8  # in deviation, from a plan that is known, and how often
 MARGIN = 0.99  # predicted costs keep this far within their limits
 
 
@@ -130,6 +130,20 @@ def search(
             settings = dataclasses.replace(settings, workspace=Path(folder) / "work")
         spread = stack.enter_context(engine_of(engine, workers))
         return Search(task, wish, settings, spread).result()
+
+
+class Tried(NamedTuple):
+    """A plan that was carried out.
+
+    Args:
+        kind: of its recovery, "short" or "long".
+        plan: what was done.
+        trial: what was measured; None where it failed.
+    """
+
+    kind: str
+    plan: Plan
+    trial: dict[str, Any] | None
 
 
 class Search:
@@ -264,55 +278,76 @@ class Search:
         if low >= high:
             self.notes.append(f"nothing that was tried is predicted to lower the {name}.")
             return
-        passing: list[tuple[float, Plan]] = []
         kinds = ["short"] * self.wish.trials
         kinds += ["long"] * (self.wish.finals if self.task.train is not None else 0)
-        seen: set[tuple[Any, ...]] = set()
-        for turn, kind in enumerate(kinds):
-            first = kind == "long" and kinds[turn - 1] == "short"
+        tried: list[Tried] = []
+        for kind in kinds:
             try:
-                if first and passing:
-                    share, plan = passing[-1]  # the strongest that a long recovery should save
-                else:
-                    share, plan = self._guess(menu, costs, limits, (low, high), kind)
+                plan = self._next(menu, costs, limits, (low, high), kind, tried)
             except solve.Unreachable as error:
                 raise self._unreachable(limits, error) from error
+            if plan is None:
+                continue  # what was measured leads to what was tried
             if not plan.offers:
                 self.notes.append("nothing that a plan could change is predicted to be bearable.")
                 return
-            this = (kind, *map(id, plan.offers))
-            if this in seen:
-                continue  # what was measured leads to it again
-            seen.add(this)
             trial = self._trial(plan, self.way, kind)
+            tried.append(Tried(kind, plan, trial))
             if trial is not None:
                 self._learn(costs, trial)
-            if trial is not None and self._bearable(trial):
-                passing = sorted([*passing, (share, plan)], key=lambda each: -each[0])
-                high = min(high, share)
-            else:
-                passing = [each for each in passing if each[0] > share]
-                low = max(low, share)
 
-    def _guess(
+    def _next(
         self,
         menu: Menu,
         costs: Costs,
         limits: Mapping[str, float],
         ends: tuple[float, float],
         kind: str,
-    ) -> tuple[float, Plan]:
-        """The strongest plan whose drop should be bearable: its share of the cost, and itself.
+        tried: Sequence[Tried],
+    ) -> Plan | None:
+        """The plan of the next trial; None where all that could be are known.
 
-        Where none that saves anything should be, the mildest that was found.
+        A long recovery is for the best plan whose short one was bearable. Else it is the strongest
+        plan that should be, or where that one is known the next to it: a stronger one if it was
+        within the limit.
         """
-        limit = self.bounds["drop"][0]
-        if kind == "short" and self.task.train is not None:
-            limit *= GAIN
-        cut = [(t["deviation"], self._after(t, kind)) for t in self.trials if t["offers"]]
-        room = deviation_of(limit, cut)
+        known = {_same(each.plan): each.trial for each in tried if each.kind == kind}
+        if kind == "long":
+            good = [
+                (each.trial[self.wish.minimize], each.plan)
+                for each in tried
+                if each.trial and self._bearable(each.trial) and _same(each.plan) not in known
+            ]
+            if good:
+                return min(good, key=lambda pair: pair[0])[1]
+        drops = [(t["deviation"], self._after(t, "long")) for t in self.trials if t["offers"]]
+        room = deviation_of(self.bounds["drop"][0], drops)
+        further = 0.0
+        for _ in range(STEPS):
+            plan = self._strongest(menu, costs, limits, ends, room)
+            if _same(plan) not in known:
+                return plan
+            if not further:
+                trial = known[_same(plan)]
+                good_enough = trial and not excess(trial["drop"], self.bounds["drop"][0])
+                further = FURTHER if good_enough else 1 / FURTHER
+            room *= further
+        return None
+
+    def _strongest(
+        self,
+        menu: Menu,
+        costs: Costs,
+        limits: Mapping[str, float],
+        ends: tuple[float, float],
+        room: float,
+    ) -> Plan:
+        """The strongest plan that deviates by no more than `room`.
+
+        Where none that saves anything does, the mildest that was found.
+        """
         (low, high), bearable = ends, False
-        best = (high, plans.choose(menu, costs, dict(limits)))
+        best = plans.choose(menu, costs, dict(limits))
         for _ in range(SOLVES):
             share = math.sqrt(max(low, 1e-6) * high)
             try:
@@ -325,7 +360,7 @@ class Search:
             else:
                 low = share
             if plan.deviation <= room or not bearable:
-                best = share, plan
+                best = plan
         return best
 
     def _after(self, trial: Mapping[str, Any], kind: str) -> float:
@@ -455,10 +490,9 @@ class Search:
 
 
 def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
-    """The deviation whose drop should be `limit`; none where no drop is allowed.
+    """The deviation x whose drop should be `limit`, by drop = c x^2; 0 where no drop is allowed.
 
-    Between the nearest measured drops below and above it, log drop is linear in log deviation; with
-    but one of them the drop grows with the deviation to the POWER.
+    c = sum x^2 y / sum x^4, the least squares of drops y that are all measured with the same error.
 
     Args:
         limit: a drop.
@@ -466,15 +500,18 @@ def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
     """
     if limit <= 0:
         return 0.0
-    # a drop that drowns in the noise of its measurement has no logarithm
-    points = sorted((x, max(y, LEAST_DROP * limit)) for x, y in known if x > 0)
-    under = max((p for p in points if p[1] <= limit), default=None)
-    over = min((p for p in points if p[1] > limit and (not under or p > under)), default=None)
-    if under and over:
-        (x0, y0), (x1, y1) = under, over
-        return x0 * (x1 / x0) ** (math.log(limit / y0) / math.log(y1 / y0))
-    x, y = under or over or (1.0, FIRST_RATE)
-    return x * (limit / y) ** (1 / POWER)
+    fourth = sum(x**4 for x, _ in known)
+    if not fourth:
+        return math.sqrt(limit / FIRST_RATE)
+    c = sum(x * x * y for x, y in known) / fourth
+    # drops within the noise say that more is bearable, not how much more
+    least = LEAST_DROP * limit / max(x for x, _ in known) ** 2
+    return math.sqrt(limit / max(c, least))
+
+
+def _same(plan: Plan) -> tuple[int, ...]:
+    """What plans that do the same have in common."""
+    return tuple(map(id, plan.offers))
 
 
 def _beats(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:

@@ -1,0 +1,98 @@
+"""Trials close in on the limit although every drop is measured with an error."""
+
+import math
+import random
+import statistics
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from whet import solve
+from whet.search import run
+from whet.search.plan import Plan
+
+LIMIT, NOISE = 0.005, 0.0025  # of half a point, on 5,000 images
+MOST = 14  # blocks
+
+
+class Block:
+    """An offer to drop one."""
+
+    def __init__(self, number: int) -> None:
+        self.option = SimpleNamespace(technique=SimpleNamespace(name="D"), place=number, value=1)
+
+
+BLOCKS = tuple(Block(number) for number in range(MOST))
+
+
+def latency(blocks: int) -> float:
+    return 0.40 - 0.0185 * blocks
+
+
+def choose(menu: Any, costs: Any, limits: dict[str, float]) -> Plan:
+    for k in range(MOST + 1):
+        if latency(k) <= limits.get("latency", 1.0):
+            return Plan(BLOCKS[:k], 0.04 * k, {"latency": latency(k)})  # type: ignore
+    raise solve.Unreachable({"latency": latency(MOST)})
+
+
+@pytest.fixture
+def explored(monkeypatch: pytest.MonkeyPatch):
+    """A search over networks without k blocks, c x^2 worse: the trials it makes."""
+    monkeypatch.setattr(run.plans, "choose", choose)
+    monkeypatch.setattr(run.plans, "least", lambda *_: latency(MOST))
+    costs = SimpleNamespace(bias={}, predict=lambda _: {"latency": latency(0)})
+
+    def make(c: float, noise: float, seed: int, trials: int = 4, finals: int = 1) -> list[Any]:
+        chance = random.Random(seed)
+        search = run.Search.__new__(run.Search)
+        search.task = SimpleNamespace(train=[1])  # type: ignore
+        search.bounds, search.notes = {"drop": (LIMIT, "pp")}, []
+        search.wish = SimpleNamespace(minimize="latency", trials=trials, finals=finals)  # type: ignore
+        search.trials, search.way = [], None  # type: ignore
+
+        def trial(plan: Plan, way: Any, kind: str) -> dict[str, Any]:
+            drop = c * plan.deviation**2 + chance.gauss(0, noise)
+            said = {"drop": drop, "latency": plan.costs["latency"], "deviation": plan.deviation}
+            said |= {"offers": plan.named, "final": kind == "long", "predicted": {}}
+            search.trials.append(said)
+            return said
+
+        search._trial = trial  # type: ignore
+        search._explore(SimpleNamespace(offers=[1]), costs)  # type: ignore
+        return search.trials
+
+    return make
+
+
+def taken(trials: list[Any]) -> int:
+    """Blocks of the fastest trial within the limit."""
+    return max((len(t["offers"]) for t in trials if t["drop"] <= LIMIT), default=0)
+
+
+@pytest.mark.parametrize("c", [0.05, 0.09, 0.2])
+def test_without_noise_it_finds_the_strongest_plan(explored: Any, c: float):
+    assert taken(explored(c, 0.0, seed=0)) == math.floor(math.sqrt(LIMIT / c) / 0.04)
+
+
+def test_with_noise_it_comes_near(explored: Any):
+    found = [taken(explored(0.09, NOISE, seed)) for seed in range(60)]
+    assert statistics.mean(found) > 4.7  # of 5.9
+    assert statistics.pstdev(found) < 1.5
+    assert min(found) > 0
+
+
+def test_no_trial_is_made_twice_and_hardly_one_is_left_unused(explored: Any):
+    made = [explored(0.09, NOISE, seed) for seed in range(40)]
+    for trials in made:
+        assert len({(len(t["offers"]), t["final"]) for t in trials}) == len(trials)
+    assert sum(len(trials) == 5 for trials in made) >= 32
+
+
+def test_a_long_recovery_is_for_the_best_that_was_bearable(explored: Any):
+    for seed in range(20):
+        *short, final = explored(0.09, NOISE, seed)
+        good = [t for t in short if t["drop"] <= LIMIT * run.GAIN]
+        if good:
+            assert len(final["offers"]) == max(len(t["offers"]) for t in good)
