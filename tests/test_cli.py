@@ -600,14 +600,16 @@ def test_techniques(run: Run):
     assert "Did you mean Svd or " in err
 
 
-def test_targets(run: Run):
+def test_targets(run: Run, monkeypatch: pytest.MonkeyPatch):
     status, out, _ = run("targets", "--json")
     assert status == 0
     said = json.loads(out)
     assert said["onnxruntime"]["installed"]
     assert said["openvino"]["install"] == "pip install 'whet[openvino]'"
+    monkeypatch.setattr("whet.cli.installed", lambda package: package != "openvino")
     status, out, _ = run("targets")
     assert "onnxruntime (1." in out
+    assert "openvino (not installed: pip install 'whet[openvino]')" in out
 
 
 def test_version_and_help(run: Run):

@@ -737,7 +737,7 @@ def targets(as_json: Json = False) -> None:
         return
     for name, facts in found.items():
         state = facts["version"] if facts["installed"] else f"not installed: {facts['install']}"
-        table = Table("what", "how", title=f"{name} ({state})", title_justify="left")
+        table = Table("what", "how", title=escape(f"{name} ({state})"), title_justify="left")
         for what, how in facts["facts"].items():
             table.add_row(what, how)
         out.print(table)
