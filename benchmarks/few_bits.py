@@ -68,8 +68,12 @@ ROWS |= {
     "W4 A4, Pact": [*grids(4, 4, ENDS), ("Pact", {"epochs": 2})],
     "W4 A4, DoReFa": [*grids(4, 4, ENDS), ("DoReFa", {"epochs": 2})],
     "Ternary": alone("Ternary", skip=ENDS),
-    # its BatchNorms train, and are folded into the tables when the network is deployed
-    "TrainedTernary": [("TrainedTernary", {"epochs": 2})],
+    # codes of two bits, symmetric, are -1, 0 and 1
+    "Ternary by Qat": [
+        *grids(2, 8, ENDS),
+        ("Qat", {"epochs": 2, "optimizer": "adamw", "lr": 5e-4, "weight_decay": 0.0}),
+    ],
+    "TrainedTernary": [("TrainedTernary", {"epochs": 2})],  # its BatchNorms train as well
     "Autotune": [("FoldBatchNorm", {}), ("Autotune", {"tolerance": 0.5, "choices": [3, 4, 8]})],
 }
 
@@ -81,7 +85,11 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
     parser.add_argument("--validation-only", action="store_true", help="leave the test images out")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--unseen", action="store_true", help="one half of the test images is")
+    parser.add_argument(
+        "--unseen",
+        action="store_true",
+        help="validate on half of the test images",
+    )
     options = parser.parse_args()
     task = cifar(options.depth)
     if options.unseen:

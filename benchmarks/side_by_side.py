@@ -5,9 +5,9 @@
 
 In one run: the same images for all to calibrate on, the same others to compare on, and in each
 runtime all files timed in turns, in one process after the other. Times are processor times on one
-thread; a ratio is the median over the processes of that of the medians in each. ResNet-56
-is the pretrained one; the others have random weights, with BatchNorm statistics of the data, so
-that what counts is how far the int8 logits are from the float32 ones:
+thread; a ratio is the median over the processes of that of the medians in each. ResNet-56 is the
+pretrained one; the others have random weights, with BatchNorm statistics of the data, so that what
+counts is how far the int8 logits are from the float32 ones:
 SQNR = 10 log10(sum y^2 / sum (y' - y)^2), in dB. torchao's network (PT2E, the quantizer for x86) is
 written as ONNX for ONNX Runtime, and as a package of Inductor, its own runtime.
 """
@@ -44,7 +44,7 @@ from real_speed import mobilenet_v2, vgg16
 from whet import catalog
 from whet.graph.statistics import reestimate_batchnorm
 from whet.measure import latency, quality
-from whet.targets.inductorfile import OPTIONS
+from whet.targets.inductorfile import package
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
 from whet.task import Task
@@ -147,10 +147,7 @@ def torchao_file(target: Target, task: Task, converted: nn.Module, destination: 
     """torchao's network for a runtime: as ONNX, or as a package of Inductor, its own."""
     program = torch.export.export(converted, task.example)
     if target.name == "inductor":
-        with torch.no_grad():
-            torch._inductor.aoti_compile_and_package(
-                program, package_path=str(destination), inductor_configs=OPTIONS
-            )
+        destination.write_bytes(package(program))
     else:
         with contextlib.redirect_stdout(io.StringIO()):
             torch.onnx.export(program, dynamo=True, verbose=False).save(str(destination))
@@ -269,10 +266,8 @@ def timed(
         place = process % len(names)
         order = {name: files[name] for name in names[place:] + names[:place]}
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            arrays = as_arrays(task.example)
-            for name, calls in (
-                pool.submit(taken, target.name, order, arrays, rounds).result().items()
-            ):
+            job = pool.submit(taken, target.name, order, as_arrays(task.example), rounds)
+            for name, calls in job.result().items():
                 found[name].append(calls)
     return {
         name: latency.Timing(np.array([np.median(c) for c in calls]), np.concatenate(calls), {})
@@ -362,7 +357,8 @@ def main() -> None:
                 files = {name: row.files[0] for name, row in found.items()}
                 times = timed(target, files, task, options.processes, options.rounds)
                 report(target, task, found, power, times)
-                print(f"\n{measuring.signed(target, task, options.rounds)}", flush=True)
+                said = measuring.signed(target, task, options.rounds)
+                print(f"\n{said}, in each of {options.processes} processes", flush=True)
 
 
 if __name__ == "__main__":

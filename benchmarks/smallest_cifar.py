@@ -12,22 +12,20 @@ epochs were fixed beforehand, and the 10,000 test images are read once a row.
 from __future__ import annotations
 
 import argparse
-import copy
 import time
 
 import measuring  # noqa: F401  finds the examples
 import torch
 import zstandard
 from cifar10_resnet import cifar
-from few_bits import Steps, alone
+from few_bits import Steps, alone, compressed
 from torch import nn
 
-from whet import artifact, catalog
+from whet import artifact
 from whet.codecs import choice
 from whet.measure.signature import signature
 from whet.runner import seed_all
 from whet.task import ACCURACY, Task, evaluate
-from whet.technique import Technique, Work
 
 INT8 = "int8, zstd -19"
 DEEP = "Deep Compression"
@@ -80,7 +78,7 @@ def main() -> None:
         if options.only is None or name in options.only:
             seed_all(options.seed, task)
             began = time.process_time()
-            model = made(task, [catalog.technique(*step) for step in steps])
+            model = compressed(task, steps)[0].model.eval()
             minutes = (time.process_time() - began) / 60
             sizes = bytes_of(model, task, name)
             share = evaluate(model, task.test or [], ACCURACY)
@@ -91,14 +89,6 @@ def main() -> None:
             )
     said = signature("torch", 1, options.seed, 1, 1)
     print(f"\n{said['device']}, load {said['load']}, torch {said['versions']['torch']}")
-
-
-def made(task: Task, steps: list[Technique]) -> nn.Module:
-    """The network after these steps."""
-    work = Work(copy.deepcopy(task.model), task.model, task)
-    for step in steps:
-        step.apply(work)
-    return work.model.eval()
 
 
 def bytes_of(model: nn.Module, task: Task, name: str) -> tuple[int, int]:

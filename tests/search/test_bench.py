@@ -72,14 +72,23 @@ def test_slow_tries_leave_the_recoveries_their_least(at):
     assert short * (4 + 2 * TIMES) == pytest.approx(LEAST * 100, rel=1e-3)
 
 
-def test_a_kill_between_trainings_repeats_none(tmp_path, monkeypatch):
-    """The recovery of a search that goes on is the one it would have found."""
+def small(folder, rows=None):
+    """A bench without a time."""
     wish = Wish(Goals(drop="1pp"), "latency", 4, 2, 0.1, None, None, ["float"])
+    rows = rows or Rows()
+    return Bench(tiny_task("plain_cnn"), wish, Settings(workspace=folder), rows, Here())
+
+
+def die(*_, **__):
+    raise TargetFailed("time it", "it killed its process (SIGSEGV)", "Try another.")
+
+
+def test_a_kill_between_trainings_repeats_none(tmp_path):
+    """The recovery of a search that goes on is the one it would have found."""
     trained = []
 
     def begin():
-        rows = Rows(tmp_path / "rows.jsonl")
-        found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), rows, Here())
+        found = small(tmp_path, Rows(tmp_path / "rows.jsonl"))
         cut = found._cut
         found._cut = lambda plan: trained.append(plan) or cut(plan)  # type: ignore
         return found
@@ -92,15 +101,18 @@ def test_a_kill_between_trainings_repeats_none(tmp_path, monkeypatch):
     assert len(trained) == len(FIRST) + 1
 
 
+WAY = Way("float", "onnxruntime")
+
+
 def test_a_runtime_that_dies_on_a_plan_ends_no_search(tmp_path, monkeypatch):
-    wish = Wish(Goals(drop="1pp"), "latency", 4, 2, 0.1, None, None, ["float"])
-    found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), Rows(), Here())
-
-    def die(*_, **__):
-        raise TargetFailed("time it", "it killed its process (SIGSEGV)", "Try another.")
-
-    way = Way("float", "onnxruntime")
-    assert found._faster([], way) == 1.0
+    found = small(tmp_path)
+    assert found._faster([], WAY) == 1.0
     monkeypatch.setattr(bench.latency, "by_layer", die)
-    assert found._faster([L1Filters(amount=0.5)], way) is None
+    assert found._faster([L1Filters(amount=0.5)], WAY) is None
     assert len(found.timed) == 1  # what was not timed teaches nothing
+
+
+def test_a_runtime_that_dies_on_the_untouched_network_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.latency, "by_layer", die)
+    with pytest.raises(TargetFailed, match="SIGSEGV"):
+        small(tmp_path)._faster([], WAY)

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import optuna
 import pytest
 
 from whet.search.steering import FIRST, KNOBS, MOST, steered
@@ -15,10 +16,14 @@ class Valley:
     def __init__(self) -> None:
         self.asked: list[dict[str, Any]] = []
 
-    def __call__(self, knobs: dict[str, Any]) -> tuple[float, float]:
+    def __call__(self, done: int, knobs: dict[str, Any]) -> tuple[float, float]:
+        assert done == len(self.asked)
         self.asked.append(knobs)
+        return self.worth(knobs), 1.0
+
+    def worth(self, knobs: dict[str, Any]) -> float:
         off = abs(math.log10(knobs["lr"] / 0.02)) + 0.1 * (knobs["temperature"] != 2.0)
-        return -off, 1.0
+        return -off
 
 
 def test_the_first_are_always_tried():
@@ -36,9 +41,9 @@ def test_what_it_tries_keeps_within_its_time(seconds: float, times: int):
 
 def test_with_time_it_comes_nearer():
     probe = Valley()
-    few, many = (steered(probe, seconds, seed=0) for seconds in (3.0, 40.0))
-    assert probe(many)[0] > -0.1 > probe(few)[0]
-    later = probe.asked[20:43]
+    few, many = steered(Valley(), 3.0, seed=0), steered(probe, 40.0, seed=0)
+    assert probe.worth(many) > -0.1 > probe.worth(few)
+    later = probe.asked[20:]
     assert sum(knobs["temperature"] == 2.0 for knobs in later) > len(later) / 2  # it has learnt
 
 
@@ -53,3 +58,9 @@ def test_the_knobs_are_those_of_the_technique():
     for knobs in FIRST:
         assert Distill(**knobs).lr == knobs["lr"]
         assert knobs.keys() == KNOBS.keys()
+
+
+def test_the_users_own_optuna_keeps_its_voice():
+    optuna.logging.set_verbosity(optuna.logging.INFO)
+    steered(Valley(), 0.0, 0)
+    assert optuna.logging.get_verbosity() == optuna.logging.INFO

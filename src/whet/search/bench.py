@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import itertools
 import os
 import random
 import shutil
@@ -121,7 +120,8 @@ class Bench:
     def _faster(self, steps: Sequence[Technique], way: Way) -> float | None:
         """The latency after these steps over that before them, both finished."""
         before, after = self._timed([], way), self._timed(steps, way)
-        return None if before is None or after is None else after.latency / before.latency
+        assert before is not None
+        return None if after is None else after.latency / before.latency
 
     def _timed(self, steps: Sequence[Technique], way: Way) -> Profile | None:
         """A plan in the runtime; None where it is refused, or the runtime fails on it."""
@@ -131,8 +131,10 @@ class Bench:
         def measured() -> dict[str, Any] | None:
             try:
                 return self._profile(bare, way)
-            except (Refused, TargetFailed):  # the plan was a random one, the runtime has its bugs
-                return None
+            except (Refused, TargetFailed):
+                if not bare:
+                    raise  # with the untouched network there is nothing to compare
+                return None  # the plan was a random one, the runtime has its bugs
 
         row = self.rows.get(name, measured)
         if row is not None:
@@ -311,16 +313,14 @@ class Bench:
             better = worth if self.task.measure.better == "higher" else -worth
             return better, time.monotonic() - began
 
-        def probe(knobs: dict[str, Any]) -> tuple[float, float]:
-            done = next(tried)
+        def probe(done: int, knobs: dict[str, Any]) -> tuple[float, float]:
             self.settings.tell("find out how to recover", done, done + 1)
             return self.rows.get(f"recovery {knobs} {self.network}", lambda: measured(knobs))
 
-        def steer() -> dict[str, Any]:
-            return steered(probe, STEERING * (self.wish.seconds or 0.0), self.settings.seed)
-
-        tried = itertools.count()
-        return self.rows.get(f"recovery {self.network}", steer)
+        seconds = STEERING * (self.wish.seconds or 0.0)
+        return self.rows.get(
+            f"recovery {self.network}", lambda: steered(probe, seconds, self.settings.seed)
+        )
 
     def _cut(self, plan: Plan) -> Work:
         """The network cut, for a training that does not look at validation data."""

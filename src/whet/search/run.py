@@ -20,8 +20,9 @@ import math
 import shutil
 import tempfile
 import time as clock
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -281,9 +282,10 @@ class Search:
         kinds = ["short"] * self.wish.trials
         kinds += ["long"] * (self.wish.finals if self.task.train is not None else 0)
         tried: list[Tried] = []
+        strongest = partial(self._strongest, menu, costs, limits, (low, high))
         for kind in kinds:
             try:
-                plan = self._next(menu, costs, limits, (low, high), kind, tried)
+                plan = self._next(strongest, kind, tried)
             except solve.Unreachable as error:
                 raise self._unreachable(limits, error) from error
             if plan is None:
@@ -297,13 +299,7 @@ class Search:
                 self._learn(costs, trial)
 
     def _next(
-        self,
-        menu: Menu,
-        costs: Costs,
-        limits: Mapping[str, float],
-        ends: tuple[float, float],
-        kind: str,
-        tried: Sequence[Tried],
+        self, strongest: Callable[[float], Plan], kind: str, tried: Sequence[Tried]
     ) -> Plan | None:
         """The plan of the next trial; None where all that could be are known.
 
@@ -320,11 +316,11 @@ class Search:
             ]
             if good:
                 return min(good, key=lambda pair: pair[0])[1]
-        drops = [(t["deviation"], self._after(t, "long")) for t in self.trials if t["offers"]]
+        drops = [(t["deviation"], self._recovered(t)) for t in self.trials if t["offers"]]
         room = deviation_of(self.bounds["drop"][0], drops)
         further = 0.0
         for _ in range(STEPS):
-            plan = self._strongest(menu, costs, limits, ends, room)
+            plan = strongest(room)
             if _same(plan) not in known:
                 return plan
             if not further:
@@ -363,11 +359,10 @@ class Search:
                 best = plan
         return best
 
-    def _after(self, trial: Mapping[str, Any], kind: str) -> float:
-        """The drop of a trial, had it been recovered for as long as those of `kind`."""
-        if self.task.train is None or trial["final"] == (kind == "long"):
-            return trial["drop"]
-        return trial["drop"] * GAIN if trial["final"] else trial["drop"] / GAIN
+    def _recovered(self, trial: Mapping[str, Any]) -> float:
+        """The drop of a trial, had its recovery been a long one."""
+        longer = self.task.train is not None and not trial["final"]
+        return trial["drop"] / GAIN if longer else trial["drop"]
 
     def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""
@@ -403,7 +398,7 @@ class Search:
         if "drop" not in self.bounds:
             return True
         limit, drop = self.bounds["drop"][0], trial["drop"]
-        return bool(drop <= 0 or not excess(self._after(trial, "long"), limit))
+        return bool(drop <= 0 or not excess(self._recovered(trial), limit))
 
     def _limits(self) -> dict[str, float]:
         """Limits on costs that can be predicted, as shares of the original's."""

@@ -27,28 +27,27 @@ MOST = 50  # trainings
 
 
 def steered(
-    probe: Callable[[dict[str, Any]], tuple[float, float]], seconds: float, seed: int
+    probe: Callable[[int, dict[str, Any]], tuple[float, float]], seconds: float, seed: int
 ) -> dict[str, Any]:
     """The best knobs of FIRST and of those that Optuna asks for while there is time.
 
     Args:
-        probe: knobs -> how good the network is after a short training, and the seconds it took.
-            What it gives decides what is asked for next, so that the same answers lead to the same
-            knobs.
+        probe: (how many were before, knobs) -> how good the network is after a short training, and
+            the seconds it took. The same answers lead to the same questions.
         seconds: for all of them.
         seed: of what is asked for.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(n_startup_trials=len(FIRST), seed=seed)
+    loud = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(direction="maximize", sampler=sampler)
+    optuna.logging.set_verbosity(loud)
     for knobs in FIRST:
         study.enqueue_trial(knobs)
-    spent, longest = 0.0, 0.0
-    while len(study.trials) < MOST and (
-        any(each.state.name == "WAITING" for each in study.trials) or spent + longest <= seconds
-    ):
+    done, spent, longest = 0, 0.0, 0.0
+    while done < len(FIRST) or (done < MOST and spent + longest <= seconds):
         trial = study.ask(KNOBS)
-        worth, took = probe(trial.params)
+        worth, took = probe(done, trial.params)
         study.tell(trial, worth)
-        spent, longest = spent + took, max(longest, took)
+        done, spent, longest = done + 1, spent + took, max(longest, took)
     return study.best_params

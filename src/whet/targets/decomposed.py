@@ -1,4 +1,4 @@
-"""Integers in the form that torch's own compilers read: quantize, dequantize, and codes of weights.
+"""What torch's own compilers are given: integers as quantize, dequantize and codes of weights.
 
 x_hat = S (q - Z), q = clamp(round(x / S) + Z)
 """
@@ -6,14 +6,21 @@ x_hat = S (q - Z), q = clamp(round(x / S) + Z)
 from __future__ import annotations
 
 import importlib
+import warnings
+from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from whet import numerics, packed
+from whet.errors import TargetFailed
+from whet.graph.trace import baked, export
+from whet.targets.lowered import Lowered
 
 ATEN = torch.ops.aten
 FUSED = {ATEN.relu.default, ATEN.relu_.default}
@@ -35,6 +42,51 @@ class Dialect:
     layers: frozenset[Any]
     signed: bool
     outputs: bool
+
+
+class Compiled(Lowered):
+    """A network as the file that a compiler makes of it.
+
+    Class attributes:
+        dialect: what the compiler takes as integers.
+        purpose: what it is asked for, for messages.
+
+    Args:
+        model: packed or not; unchanged.
+        example: the inputs, with the batch size to deploy.
+
+    Raises:
+        TargetFailed: the compiler refused the network.
+    """
+
+    dialect: ClassVar[Dialect]
+    purpose: ClassVar[str]
+
+    def __init__(self, model: nn.Module, example: tuple[Any, ...]) -> None:
+        self.example = example
+        twin, forms = baked(model)
+        self.program = export(twin, example)
+        graph = self.program.module()
+        assert isinstance(graph, GraphModule)
+        self.quantized = on_integers(graph, forms, self.dialect)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                self.data = self.compiled(export(graph, example))
+            except Exception as error:
+                raise TargetFailed(
+                    self.purpose,
+                    f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                    "The operator it names has no form there; replace it, or use another target.",
+                ) from error
+
+    @abstractmethod
+    def compiled(self, program: ExportedProgram) -> bytes:
+        """The bytes of the file."""
+
+    def write(self, path: Path) -> Path:
+        path.write_bytes(self.data)
+        return path
 
 
 def on_integers(graph: GraphModule, forms: dict[str, packed.Packed], dialect: Dialect) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import shutil
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from whet.errors import TargetFailed
 from whet.targets.target import Target
 
 if TYPE_CHECKING:
@@ -66,6 +68,12 @@ class Inductor(Target):
     integer_ops: ClassVar[frozenset[str]] = frozenset(["conv1d", "conv2d", "linear", "max_pool2d"])
 
     def lower(self, model: nn.Module, example: tuple[Any, ...]) -> Program:
+        if not any(shutil.which(name) for name in ("g++", "clang++", "c++")):
+            raise TargetFailed(
+                "compile the network with torch's Inductor",
+                "no C++ compiler was found",
+                "Install g++, or use another target.",
+            )
         return importlib.import_module("whet.targets.inductorfile").Program(model, example)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
