@@ -83,11 +83,12 @@ def test_with_noise_it_comes_near(explored: Any):
     assert min(found) > 0
 
 
-def test_no_trial_is_made_twice_and_hardly_one_is_left_unused(explored: Any):
-    made = [explored(0.09, NOISE, seed) for seed in range(40)]
+@pytest.mark.parametrize("finals", [1, 2])
+def test_no_trial_is_made_twice_and_hardly_one_is_left_unused(explored: Any, finals: int):
+    made = [explored(0.09, NOISE, seed, finals=finals) for seed in range(40)]
     for trials in made:
         assert len({(len(t["offers"]), t["final"]) for t in trials}) == len(trials)
-    assert sum(len(trials) == 5 for trials in made) >= 32
+    assert sum(len(trials) == 4 + finals for trials in made) >= 32
 
 
 def test_a_long_recovery_is_for_the_best_that_was_bearable(explored: Any):
