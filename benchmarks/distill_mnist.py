@@ -3,14 +3,18 @@
     WHET_DATA=... python benchmarks/distill_mnist.py teacher
     WHET_DATA=... python benchmarks/distill_mnist.py no-data
     WHET_DATA=... python benchmarks/distill_mnist.py few-labels --seeds 0 1 2
+    WHET_DATA=... python benchmarks/distill_mnist.py peers --seeds 0 1 2 3 4
+    WHET_DATA=... python benchmarks/distill_mnist.py ten-images --seeds 0 1 2
 
 teacher: half of LeNet-5-Caffe learns from the whole of it, and from the labels alone. no-data: the
 same with DataFree, which sees neither training nor validation images. few-labels: LeNet-5 on 500
 labels, the same for as many steps more, and PseudoLabel with 10,000 unlabeled images (the labeled
-ones are shifted by up to two pixels).
+ones are shifted by up to two pixels). peers: the half, drawn anew for each, alone and by the ways
+that need no better teacher. ten-images: LeNet-5 after a few steps on ten learned images, from the
+random weights that they were learned for.
 
-The last 5,000 training images are kept for validation. They choose weights in `teacher` alone; the
-last ones count in the others. The test images are read once a row. Data as for mnist_sparsity.py.
+The last 5,000 training images are kept for validation. They choose weights in `teacher` and `peers`
+alone; the last ones count in the others. The test images are read once a row. Data as for mnist_sparsity.py.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from torch import nn
 
 from whet import catalog
 from whet.demo import Shifted, in_batches
+from whet.distilled import distill_data
 from whet.runner import seed_all
 from whet.task import Task
 from whet.technique import Work
@@ -37,6 +42,14 @@ TAUGHT = trained(8, lr=2e-3)
 NO_DATA = {"steps": 3600, "width": 16, "lr": 5e-3, "alpha": 0.0, "beta": 20.0}
 FEW, LONGER = trained(60, lr=2e-3), trained(105, lr=1e-3)  # 10 batches an epoch
 PSEUDO = trained(5, lr=1e-3, confidence=0.9)  # at most 210
+
+ALONE = trained(5, lr=2e-3)  # of each network; of each generation
+PEERS: dict[str, dict[str, Any]] = {
+    "BornAgain": ALONE | {"generations": 2},
+    "DeepMutual": ALONE | {"noise": None},
+    "CoDistill": ALONE | {"noise": None, "epochs": 10},  # a peer sees half of each
+}
+IMAGES = {"per_class": 1, "steps": 1, "passes": 3, "epochs": 30, "lr": 0.05}
 
 
 def half_lenet() -> nn.Module:
@@ -68,7 +81,7 @@ def taught(task: Task, seed: int, whole: float | None) -> None:
     """A student with and without a teacher."""
     pupil = student(task, seed)
     for name, goal in (("FineTune", ""), ("Distill", "98.9")):
-        row(pupil, (name, TAUGHT), (seed, f"half, {name}", goal), whole)
+        row(pupil, (name, TAUGHT), (seed, f"half, {name}", goal), whole, judged=True)
 
 
 def without_data(task: Task, seed: int, whole: float | None) -> None:
@@ -94,6 +107,30 @@ def few_labels(task: Task, seed: int, whole: float | None) -> None:
     row(task, ("PseudoLabel", PSEUDO), (seed, "and 10,000 images, PseudoLabel", "-1"), base[1])
 
 
+def peers(task: Task, seed: int, whole: float | None) -> None:
+    """A network alone, and those that learn from others like it; it teaches the born again."""
+    torch.manual_seed(seed)
+    task = replace(task, model=half_lenet())
+    alone = row(task, ("FineTune", ALONE), (seed, "half, FineTune", ""), None, judged=True)
+    for name, knobs in PEERS.items():
+        taught = replace(task, teachers=alone[:1] if name == "BornAgain" else ())
+        row(taught, (name, knobs), (seed, f"half, {name}", ""), alone[1], judged=True)
+
+
+def ten_images(task: Task, seed: int, whole: float | None) -> None:
+    """All that the network ever learns from is an image of each class."""
+    torch.manual_seed(seed)
+    x, y = images("train")
+    task = replace(
+        task, model=lenet5(), train=Shifted(x[:-HELD_OUT], y[:-HELD_OUT], most=0, batch=500)
+    )
+    began = time.process_time()
+    data = distill_data(task, **IMAGES)
+    data.train(task.model)
+    said = (seed, f"{data.labels.numel()} images, {len(data.rates)} steps", "93.0")
+    shown(task, task.model, said, None, time.process_time() - began)
+
+
 def large(task: Task, seed: int) -> float:
     """Train the teacher; the share of right answers."""
     began = time.process_time()
@@ -108,18 +145,32 @@ def student(task: Task, seed: int) -> Task:
 
 
 def row(
-    task: Task, step: tuple[str, dict[str, Any]], said: tuple[int, str, str], whole: float | None
+    task: Task,
+    step: tuple[str, dict[str, Any]],
+    said: tuple[int, str, str],
+    whole: float | None,
+    *,
+    judged: bool = False,
 ) -> tuple[nn.Module, float]:
-    """Print what one step makes of a copy of the network; that, and its share of right answers."""
+    """Print what one step makes of a copy of the network; that, and its share of right answers.
+
+    `judged`: validation images choose the weights.
+    """
     seed_all(said[0], task)
     began = time.process_time()
-    chosen = task if step[1] is TAUGHT else replace(task, validation=None)
+    chosen = task if judged else replace(task, validation=None)
     work = Work(copy.deepcopy(task.model), task.model, chosen)
     catalog.technique(*step).apply(work)
     return work.model, shown(task, work.model, said, whole, time.process_time() - began)
 
 
-SETTINGS = {"teacher": taught, "no-data": without_data, "few-labels": few_labels}
+SETTINGS = {
+    "teacher": taught,
+    "no-data": without_data,
+    "few-labels": few_labels,
+    "peers": peers,
+    "ten-images": ten_images,
+}
 
 if __name__ == "__main__":
     main()
