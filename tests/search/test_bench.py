@@ -1,5 +1,7 @@
 """What time a search gives to what."""
 
+from dataclasses import replace
+
 import pytest
 
 from whet.checkpoint import Rows
@@ -9,7 +11,7 @@ from whet.measure.goals import Goals
 from whet.probe import Option
 from whet.runner import Settings
 from whet.search import bench
-from whet.search.bench import LEAST, TIMES, Bench, Way
+from whet.search.bench import LEAST, PROBE, STEERING, TIMES, Bench, Way
 from whet.search.menu import Offer
 from whet.search.plan import Plan
 from whet.search.steering import FIRST
@@ -53,7 +55,8 @@ def test_recoveries_share_what_tries_and_proofs_leave(at):
     short, long = (found._epochs(plan(), kind) for kind in ("short", "long"))
     assert long == pytest.approx(TIMES * short, rel=1e-3)
     recoveries = 4 * short + 2 * long
-    assert clock.now + recoveries + 7 * 5.0 == pytest.approx(100.0, rel=1e-3)
+    steered = 100.0 * STEERING
+    assert clock.now + steered + recoveries + 7 * 5.0 == pytest.approx(100.0, rel=1e-3)
 
 
 def test_the_share_is_settled_once(at):
@@ -99,6 +102,28 @@ def test_a_kill_between_trainings_repeats_none(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n")  # two trainings stay
     assert begin()._recovery(plan()) == whole
     assert len(trained) == len(FIRST) + 1
+
+
+def test_answers_judge_a_recovery_and_no_labels(tmp_path):
+    """A thousand labels err by more than one way is better than another."""
+    found, worths = small(tmp_path), []
+    for wrong in (0, 1):
+        batches = [(x, (y + wrong) % 4) for x, y in found.task.validation]
+        found.task, found.rows = replace(found.task, validation=batches), Rows()
+        assert found._recovery(plan()) in FIRST
+        rows = [row for row in found.rows.known.values() if isinstance(row, tuple)]
+        worths.append([worth for worth, _ in rows])
+    assert len(worths[0]) == len(FIRST) and worths[0] == worths[1]
+    assert max(worths[0]) < 0.0
+
+
+def test_a_probe_is_a_part_of_a_short_recovery(tmp_path, monkeypatch):
+    epochs = []
+    found, make = small(tmp_path), bench.catalog.technique
+    tell = lambda name, knobs: epochs.append(knobs["epochs"]) or make(name, knobs)  # noqa: E731
+    monkeypatch.setattr(bench.catalog, "technique", tell)
+    found._recovery(plan())
+    assert epochs == [pytest.approx(PROBE * 0.1)] * len(FIRST)
 
 
 WAY = Way("float", "onnxruntime")

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from whet.engine import Engine
 from whet.errors import Disagrees, Refused, TargetFailed
 from whet.measure import latency
 from whet.recipe import Recipe
-from whet.rungs.sensitivity import answers
+from whet.rungs.sensitivity import answers, deviation
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
@@ -33,7 +34,7 @@ from whet.search.steering import steered
 from whet.search.wish import Wish, finishing
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
-from whet.task import Task, evaluate, limited
+from whet.task import Task, limited
 from whet.technique import Technique, Work
 
 EXAMPLES = 64  # of each try
@@ -43,8 +44,9 @@ LEAST = 0.3  # of the time is for recoveries, however long the tries took
 TRYING = 0.15  # of the time is for tries
 PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
-STEERING = 0.05  # of the time is to find out how to recover
-PROBE = 0.1  # of a short recovery's epochs, for each way
+STEERING = 0.06  # of the time is to find out how to recover
+PROBE = 0.2  # of a short recovery's epochs, for each way
+JUDGED = 5000  # validation examples that judge one; of 1,000 the best way was the worst of all
 TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student
 
 
@@ -294,24 +296,29 @@ class Bench:
         return round(max(seconds / (step * batches), 1e-3), 3)
 
     def _left(self) -> float:
-        """Seconds for the recoveries: the tries are over, trials are proved as the first were."""
+        """Seconds for the recoveries: the tries are over, trials are proved as the first were.
+
+        What steers the recoveries is still to come.
+        """
         assert self.wish.seconds is not None
         turns = self.wish.trials + self.wish.finals + 1  # and the choice, on the test data
         spent = time.monotonic() - self.began + turns * max(self.proofs)
+        spent += STEERING * self.wish.seconds
         return max(self.wish.seconds - spent, LEAST * self.wish.seconds)
 
     def _recovery(self, plan: Plan) -> dict[str, Any]:
-        """The knobs of the recovery: those that brought the first plan furthest in a few steps."""
-        few = list(limited(self.task.validation or [], 1000))
-        epochs = min(1.0, PROBE * self.wish.epochs)
+        """The knobs of the recovery: those that brought the first plan nearest to its parent.
+
+        Nearest on validation data, by answers: what is right and wrong differs by chance far more.
+        """
+        epochs = PROBE * self._epochs(plan, "short")
+        known = cache(lambda: answers(self.task.model, self.task.validation or [], JUDGED))
 
         def measured(knobs: dict[str, Any]) -> tuple[float, float]:
             began = time.monotonic()
             work = self._cut(plan)
             _attempt(catalog.technique("Distill", {"epochs": epochs} | knobs), work)
-            worth = evaluate(work.model, few, self.task.measure)
-            better = worth if self.task.measure.better == "higher" else -worth
-            return better, time.monotonic() - began
+            return -deviation(work.model, known()), time.monotonic() - began
 
         def probe(done: int, knobs: dict[str, Any]) -> tuple[float, float]:
             self.settings.tell("find out how to recover", done, done + 1)
