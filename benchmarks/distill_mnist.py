@@ -14,7 +14,8 @@ that need no better teacher. ten-images: LeNet-5 after a few steps on ten learne
 random weights that they were learned for.
 
 The last 5,000 training images are kept for validation. They choose weights in `teacher` and `peers`
-alone; the last ones count in the others. The test images are read once a row. Data as for mnist_sparsity.py.
+alone; the last ones count in the others. The test images are read once a row. Data as for
+mnist_sparsity.py.
 """
 
 from __future__ import annotations

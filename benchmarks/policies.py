@@ -79,7 +79,10 @@ def main() -> None:
             said = f"{ahead} of {len(each)}" if name == "DAgger" else ""
             print(f"| {labels} | {name} | {cells} | {said} |", flush=True)
     said = signature("torch", torch.get_num_threads(), options.seeds[0], 32, 1)
-    print(f"\n{said['device']}, {said['threads']} threads, torch {said['versions']['torch']}, ", end="")
+    print(
+        f"\n{said['device']}, {said['threads']} threads, torch {said['versions']['torch']}, ",
+        end="",
+    )
     print(f"gymnasium {gymnasium.__version__}")
 
 

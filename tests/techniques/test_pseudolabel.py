@@ -13,6 +13,7 @@ from whet.errors import BadInput, Refused
 from whet.recipe import Recipe
 from whet.task import ACCURACY, evaluate
 from whet.technique import Need, Work
+from whet.techniques.distill import pseudolabel
 from whet.techniques.distill.pseudolabel import PseudoLabel, Union, shifted, transforms
 from whet.testing import tiny_task
 
@@ -198,3 +199,25 @@ def test_without_unlabeled_images_it_is_refused_before_any_work():
     with pytest.raises(BadInput, match=r"unlabeled inputs \(Task\.calibration\)"):
         Recipe([PseudoLabel()]).check(task)
     Recipe([PseudoLabel()]).check(tiny_task("plain_cnn"))
+
+
+def test_a_second_round_asks_what_the_first_has_made(monkeypatch):
+    task, asked, told = replace(tiny_task("plain_cnn"), validation=None), [], []
+    teacher = pseudolabel.Teacher
+    spy = lambda net, *rest: asked.append(copy.deepcopy(net)) or teacher(net, *rest)  # noqa: E731
+    monkeypatch.setattr(pseudolabel, "Teacher", spy)
+    both = work_of(task)
+    both.tell = lambda done, of: told.append((done, of))
+    knobs = {"confidence": 0.0, "lr": 0.05}
+    torch.manual_seed(2)
+    PseudoLabel(rounds=2, **knobs).apply(both)
+    torch.manual_seed(2)
+    first = work_of(task)
+    PseudoLabel(**knobs).apply(first)
+    whose = [task.model, first.model, task.model]  # the last is of the round alone
+    for net, expected in zip(asked, whose, strict=True):
+        for name, value in expected.state_dict().items():
+            assert torch.equal(net.state_dict()[name], value), name
+    assert len(both.notes) == 2 * len(first.notes)
+    assert not torch.equal(both.model.state_dict()["0.weight"], first.model[0].weight)
+    assert told[-1][0] == told[-1][1] and sorted(told) == told

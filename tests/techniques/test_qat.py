@@ -1,15 +1,20 @@
 """Qat trains codes and steps together, by the gradients of the paper."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from whet import packed
+from whet.graph import sites, surgery
 from whet.graph.ledger import Grid, ledger
 from whet.rungs.rounding import affine
-from whet.rungs.trainedgrids import FixedGrid
+from whet.rungs.trainedgrids import FixedGrid, training
+from whet.task import Task
+from whet.technique import Work
 from whet.techniques.quantize import qat
 from whet.techniques.quantize.qat import LearnedGrid, Qat, shrunk
 from whet.techniques.quantize.staticint8 import StaticInt8
@@ -165,3 +170,28 @@ def test_a_grid_that_stays_lets_gradients_through_inside_its_range():
     (grid(x) * g).sum().backward()
     assert torch.equal(x.grad, g * ((x > -0.8) & (x < 2.2)))
     assert not list(grid.parameters())
+
+
+class Attends(nn.Module):
+    """Attention of four heads from 5 places to 9."""
+
+    def __init__(self):
+        super().__init__()
+        self.key, self.out = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        k = self.key(x).unflatten(-1, (4, 4)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(k[:, :, :5], k, k)
+        return self.out(y.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_the_step_of_attentions_weights_knows_how_many_share_it():
+    x = torch.randn(2, 9, 8)
+    task = Task(Attends(), (x,), train=[(x, torch.zeros(2).long())])
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    site = "scaled_dot_product_attention:0" + sites.WEIGHTS
+    counts = {}
+    surgery.set_grids(work.model, {site: Grid(0.1, 0, 0, 255), "input:0": Grid(0.2, 0, 0, 255)})
+    with training(work, lambda g, n: counts.setdefault(g.scale, n) and LearnedGrid(g, n)):
+        work.model(x).sum().backward()
+    assert counts == {0.1: 4 * 5 * 9, 0.2: 9 * 8}

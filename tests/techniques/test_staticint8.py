@@ -379,8 +379,62 @@ def test_what_attention_multiplies_is_on_one_grid_where_the_target_wants_that():
     three = [grids[f"layer.self_attn.{name}/linear:0"] for name in ("query", "key", "value")]
     assert three[0] == three[1] == three[2]
     assert (three[0].zero_point, three[0].low) == (0, -128)
+    weights = grids["layer.self_attn/scaled_dot_product_attention:0" + sites.WEIGHTS]
+    assert (weights.zero_point, weights.low, weights.high) == (0, 0, 255)
+    assert 0 < weights.scale <= 1 / 255
     want, got = outputs(task.model, task), outputs(model, task)
     assert 0 < numerics.relative(got, want) < 0.05
+
+
+def test_weights_of_attention_have_a_grid_where_all_that_it_multiplies_has_one():
+    def placed(read, skip=()):
+        layers = [call(f"{name}/linear:0", "linear", "x:0") for name in ("q", "k")]
+        three = sites.Call("parts:0", "unbind", "", ("k/linear:0",), (), None)  # no tensor
+        parts = [three, call("view:0", "view", "parts:0")]
+        attention = call("scaled_dot_product_attention:0", "scaled_dot_product_attention", *read)
+        out = call("out/linear:0", "linear", "scaled_dot_product_attention:0")
+        network = [call("x:0", "input"), call("y:0", "input"), *layers, *parts, attention, out]
+        return placement(network, skip, Attending.integer_ops)
+
+    weights = "scaled_dot_product_attention:0" + sites.WEIGHTS
+    assert weights in placed(["q/linear:0", "view:0", "view:0"])
+    assert weights in placed(["q/linear:0", "k/linear:0", "k/linear:0", "y:0"])
+    assert weights not in placed(["?", "k/linear:0", "k/linear:0"])  # queries are parameters
+    assert weights not in placement(
+        [
+            call("x:0", "input"),
+            call("scaled_dot_product_attention:0", "scaled_dot_product_attention", *["x:0"] * 3),
+        ],
+        (),
+        Attending.integer_ops,
+    )  # no layer reads it, so that it is among floats
+
+
+class ByHand(Signed):
+    integer_ops = INTEGER_OPS | {"matmul", "bmm"}
+
+
+def test_both_products_of_attention_in_a_models_own_code_read_codes():
+    def network(*between, softmax="softmax", past=("dropout",)):
+        calls = [call("x:0", "input"), call("qkv/linear:0", "linear", "x:0")]
+        calls += [call("parts:0", "unbind", "qkv/linear:0")]
+        calls += [call("turned:0", "transpose", "parts:0")]
+        calls += [call("scores:0", "matmul", "parts:0", "turned:0")]
+        for k, op in enumerate((*between, softmax, *past)):
+            calls.append(call(f"step:{k}", op, calls[-1].site))
+        return [*calls, call("seen:0", "bmm", calls[-1].site, "parts:0")]
+
+    inside = lambda calls: static.on_integers(calls, (), ByHand.integer_ops)  # noqa: E731
+    assert inside(network("mul", "add")) == {"qkv/linear:0", "scores:0", "seen:0"}
+    assert inside(network()) == {"qkv/linear:0", "scores:0", "seen:0"}
+    # no attention: what is between is no scale or mask, or no softmax
+    assert inside(network(past=(), softmax="sigmoid")) == {"qkv/linear:0"}
+    assert inside(network("sigmoid")) == {"qkv/linear:0"}
+    assert inside(network(past=("sigmoid",))) == {"qkv/linear:0"}
+    assert static.on_integers(network("mul")) == {"qkv/linear:0"}
+    plan = placement(network("mul"), (), ByHand.integer_ops)
+    assert plan["step:1"] == plan["step:2"] == "step:1"  # the softmax, and past the dropout
+    assert plan["qkv/linear:0"] == "qkv/linear:0" and "scores:0" not in plan
 
 
 def test_queries_keys_and_values_that_layers_make_of_one_value():

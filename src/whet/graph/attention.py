@@ -10,6 +10,7 @@ the size of a head is written into its code.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,32 @@ class Attention(nn.Module):
         y = self.out(y.transpose(1, 2).flatten(2))
         y = y.transpose(0, 1) if turned else y
         return (y.squeeze(1 if turned else 0) if lone else y), weights
+
+
+def attend(
+    weigh: Callable[[Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, with `weigh` on the weights between."""
+    if enable_gqa:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (x.repeat_interleave(times, dim=-3) for x in (key, value))
+    root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scores = (query * root) @ (key.transpose(-2, -1) * root)  # as torch's own, so that both fuse
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:  # true takes part
+        out = torch.zeros_like(attn_mask, dtype=scores.dtype)
+        attn_mask = out.masked_fill(attn_mask.logical_not(), -torch.inf)
+    weights = weigh(F.softmax(scores if attn_mask is None else scores + attn_mask, dim=-1))
+    return F.dropout(weights, dropout_p) @ value
 
 
 def added(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -3,7 +3,8 @@
 A `TorchFunctionMode` sees residual adds, concatenations and matmuls as well as modules, without
 a change in the user's code, and survives `torch.export`. The name of a site is
 `module.path/operation:k` for the k-th such call of that module in one forward pass;
-`input:k` are the network's inputs.
+`input:k` are the network's inputs, `/scaled_dot_product_attention:k.weights` what attention
+weighs values with, which has a name where a grid is to act on it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType, MethodType
 from typing import Any
 
@@ -25,6 +27,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
+from whet.graph.attention import attend
 from whet.graph.ledger import Ledger, ledger
 from whet.task import evaluating, tensors_in
 
@@ -33,6 +36,8 @@ ALIASES |= {"concatenate": "cat"}
 
 # a position or a name, then entries of lists and ends of slices; see `corrected`
 KEY = re.compile(r"(\d{1,3}|[a-z_]\w*)(\.(\d{1,3}|start|stop))*")
+
+WEIGHTS = ".weights"  # behind the site of a `scaled_dot_product_attention`
 
 Observer = Callable[[str, str, tuple[Any, ...], Any], None]
 
@@ -161,6 +166,9 @@ class SiteMode(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if site in self.book.constants:
             args, kwargs = corrected(self.book.constants[site], args, kwargs)
+        weigh = self.book.grids.get(site + WEIGHTS)
+        if weigh is not None:
+            func = partial(attend, weigh)
         calls = _running.__dict__.get("calls")
         if calls is None:
             out = func(*args, **kwargs)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from whet import numerics
 from whet.errors import BadInput, Refused
 from whet.graph import sites
+from whet.graph.ledger import ledger
 from whet.task import Batches, as_arguments, evaluating, limited
 
 BINS = 2048
@@ -183,7 +186,8 @@ def histograms(
         if site in found and isinstance(out, Tensor):
             found[site].add(out)
 
-    sweep(model, batches, show, examples)
+    with weighing(model, {s: h.add for s, h in found.items() if s.endswith(sites.WEIGHTS)}):
+        sweep(model, batches, show, examples)
     for site, histogram in found.items():
         if histogram.average is None:
             raise Refused(
@@ -192,6 +196,25 @@ def histograms(
                 "Give harder or more examples, or put the step before the one that adds exits.",
             )
     return found
+
+
+@contextmanager
+def weighing(model: nn.Module, see: Mapping[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Show what attention weighs values with, by the sites of these weights."""
+    grids = ledger(model).grids
+    before = {site: grids[site] for site in see if site in grids}
+
+    def shown(site: str, weights: Tensor) -> Tensor:
+        see[site](weights)
+        return weights
+
+    grids |= {site: partial(shown, site) for site in see}  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        for site in see:
+            del grids[site]
+        grids |= before
 
 
 def averages(

@@ -36,13 +36,18 @@ MOVES = frozenset(
         "unsqueeze",
         "unflatten",
         "squeeze",
+        "unbind",
         "dropout",
         "identity",
     ]
 )
 BALANCED = 1.3  # by so much coarser may the steps of a signed grid be: 2.3 dB
 # what attention multiplies comes first, then its mask
-MULTIPLIED = {"scaled_dot_product_attention": 3}
+ATTENTION = "scaled_dot_product_attention"
+MULTIPLIED = {ATTENTION: 3, "matmul": 2, "bmm": 2}
+PRODUCTS = frozenset(["matmul", "bmm"])
+# what may lie between the scores of attention and their softmax
+SCALED = frozenset(["mul", "div", "truediv", "add", "masked_fill", "to", "float"])
 SHARED = 2.0  # grids of queries, keys and values that differ no more in their steps become one
 # what runtimes merge into the layer or the sum in front of it
 CLAMPS = frozenset(["relu", "relu6", "hardtanh", "clamp"])
@@ -190,7 +195,8 @@ def placement(
 
     A value gets a grid when a call on integers reads it, itself or through operations that only
     move values, which take the same grid. So between a layer and the activation that the
-    runtimes merge into it there is none.
+    runtimes merge into it there is none. Attention that multiplies codes gets one for its weights,
+    so that its second product is on integers too.
     """
     readers = _readers(calls)
     inside = on_integers(calls, skip, integer)
@@ -206,6 +212,11 @@ def placement(
             plan[call.site] = call.site
         elif moved_from in plan:
             plan[call.site] = plan[moved_from]
+    makers = {call.site: call for call in calls}
+    for call in calls:
+        attends = call.site in inside and call.op == ATTENTION
+        if attends and all(_on_grid(source, makers, plan) for source in call.sources[:3]):
+            plan[call.site + sites.WEIGHTS] = call.site + sites.WEIGHTS
     return plan
 
 
@@ -219,14 +230,46 @@ def on_integers(
     between LayerNorms, a grid would cost time and accuracy for nothing.
     """
     makers, readers = {call.site: call for call in calls}, _readers(calls)
+    attending = _products(calls, makers) if integer & PRODUCTS else set()
     found: set[str] = set()
     for call in reversed(calls):
         if call.op not in integer or skipped(call.path, skip):
+            continue
+        if call.op in PRODUCTS:
+            if call.site in attending:
+                found.add(call.site)
             continue
         joins = any(_convolved(source, makers) for source in call.sources)
         if call.op in MATMULS or joins or _read_by(found, call, readers, MOVES | CLAMPS):
             found.add(call.site)
     return found
+
+
+def _products(calls: list[sites.Call], makers: Mapping[str, sites.Call]) -> set[str]:
+    """Both products of each attention in a model's own code, around a softmax."""
+    found = set()
+    for call in calls:
+        weights = _back(call.sources[0], makers, MOVES) if call.op in PRODUCTS else None
+        if weights is None or weights.op != "softmax" or not weights.sources:
+            continue
+        scores = _back(weights.sources[0], makers, SCALED)
+        if scores is not None and scores.op in PRODUCTS:
+            found |= {call.site, scores.site}
+    return found
+
+
+def _back(site: str, makers: Mapping[str, sites.Call], past: frozenset[str]) -> sites.Call | None:
+    """The call that made a value, but for certain operations behind it."""
+    call = makers.get(site)
+    while call is not None and call.op in past and call.sources:
+        call = makers.get(call.sources[0])
+    return call
+
+
+def _on_grid(site: str, makers: Mapping[str, sites.Call], plan: Mapping[str, str]) -> bool:
+    """Whether a value has a grid, or is part of one that has."""
+    call = _back(site, makers, MOVES)
+    return call is not None and call.site in plan
 
 
 def _readers(calls: list[sites.Call]) -> dict[str, list[sites.Call]]:
@@ -240,9 +283,7 @@ def _readers(calls: list[sites.Call]) -> dict[str, list[sites.Call]]:
 
 def _convolved(site: str, makers: Mapping[str, sites.Call]) -> bool:
     """Whether a convolution made the value, but for moves and clamps behind it."""
-    call = makers.get(site)
-    while call is not None and call.op in MOVES | CLAMPS and call.sources:
-        call = makers.get(call.sources[0])
+    call = _back(site, makers, MOVES | CLAMPS)
     return call is not None and call.op in MATMULS - {"linear"}
 
 
@@ -253,9 +294,9 @@ def attended(calls: list[sites.Call], plan: Mapping[str, str]) -> list[set[str]]
     """
     makers, found = {call.site: call for call in calls}, []
     for call in calls:
-        if call.op not in MULTIPLIED:
+        if call.op != ATTENTION:
             continue
-        made = {plan[s] for s in call.sources[: MULTIPLIED[call.op]] if s in plan}
+        made = {plan[s] for s in call.sources[:3] if s in plan}
         reads = [makers[site].sources[0] for site in made if makers[site].op == "linear"]
         if len(made) > 1 and len(reads) == len(made) and len(set(reads)) == 1:
             found.append(made)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from whet.fit import Learner, fit_together, widened
 from whet.rungs.teachers import Features, Listener, Teacher
 from whet.rungs.teaching import DistillTechnique, Lessons
-from whet.rungs.training import judged, say
+from whet.rungs.training import judged, one_of, say
 from whet.task import Batch, Batches, Stream, Task, as_arguments, count, evaluating
 from whet.technique import Work
 
@@ -88,8 +88,7 @@ def teach_in_turn(
     for k, student in enumerate(students):
         if works:
             task = replace(task, teachers=(works[-1].model,))
-        said = lambda done, of, k=k: tell(k * of + done, len(students) * of)  # noqa: E731
-        works.append(Work(student, task.model, task, tell=said))
+        works.append(Work(student, task.model, task, tell=one_of(tell, k, len(students))))
         technique.apply(works[-1])
     return works
 

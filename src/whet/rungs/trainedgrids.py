@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from whet import packed
 from whet.graph import sites
 from whet.graph.ledger import Grid, ledger
+from whet.rungs.static import ATTENTION
 from whet.rungs.training import TaughtTechnique, Together
 from whet.technique import Work
 
@@ -110,6 +111,12 @@ class FixedGrid(TrainingGrid):
         return self.grid
 
 
+def weighed(call: sites.Call, sizes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of what attention weighs values with; of other calls that of nothing."""
+    keys = sizes.get(call.sources[1], ()) if call.op == ATTENTION else ()
+    return (*call.shape[:-1], keys[-2]) if len(keys) > 1 else ()
+
+
 G = TypeVar("G", bound=TrainingGrid)
 
 
@@ -118,7 +125,9 @@ def training(work: Work, make: Callable[[Grid, int], G]) -> Iterator[list[G]]:
     """Let `make` of each activation grid act in its place meanwhile; shared grids stay shared."""
     model, book = work.model, ledger(work.model)
     examples = len(work.task.example[0])
-    sizes = {c.site: c.shape for c in sites.calls(model, work.task.example)}
+    calls = sites.calls(model, work.task.example)
+    sizes = {call.site: tuple(call.shape) for call in calls}
+    sizes |= {call.site + sites.WEIGHTS: weighed(call, sizes) for call in calls}
     frozen, made = dict(book.grids), {}
     for site, grid in frozen.items():
         count = int(torch.Size(sizes.get(site, ())).numel()) // examples

@@ -89,6 +89,11 @@ def say(work: Work, scores: list[float]) -> None:
         )
 
 
+def one_of(tell: Callable[[int, int], None], k: int, n: int) -> Callable[[int, int], None]:
+    """Progress of the k-th of n trainings of the same length, as that of all."""
+    return lambda done, of: tell(k * of + done, n * of)
+
+
 class Together(nn.Module):
     """A network with modules that train, are saved and come back along with it."""
 

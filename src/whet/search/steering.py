@@ -21,7 +21,7 @@ KNOBS: dict[str, BaseDistribution] = {
     "temperature": CategoricalDistribution((1.0, 2.0, 4.0)),
 }
 FIRST: tuple[dict[str, Any], ...] = tuple(
-    {"lr": lr, "labels": 0.1, "temperature": 4.0} for lr in (0.05, 0.01, 0.002)
+    {"lr": lr, "labels": 0.1, "temperature": 4.0} for lr in (0.02, 0.006, 0.002)
 )
 MOST = 50  # trainings
 

@@ -180,7 +180,11 @@ class OpenVino(Target):
         "channels": "multiples of 16; narrow layers are bound by the number of calls",
         "depth": "time falls with the number of layers",
     }
-    integer_ops: ClassVar[frozenset[str]] = INTEGER_OPS | {"scaled_dot_product_attention"}
+    integer_ops: ClassVar[frozenset[str]] = INTEGER_OPS | {
+        "scaled_dot_product_attention",
+        "matmul",
+        "bmm",
+    }
     signed_inputs: ClassVar[bool] = True
     widths: ClassVar[frozenset[int]] = frozenset({4, 8})
     rules = (add_to_accumulators, join_products)

@@ -31,6 +31,7 @@ from whet import packed
 from whet.graph.ledger import Grid
 from whet.rungs.drawing import draw_anew
 from whet.rungs.teaching import LogitTechnique, divergence
+from whet.rungs.training import one_of
 from whet.task import evaluate
 from whet.technique import Work
 
@@ -54,15 +55,13 @@ class BornAgain(LogitTechnique):
             draw_anew(child, self.name)
             # the one before teaches; the first learns from the task's teachers
             task = replace(work.task, teachers=tuple(born[-1:])) if born else work.task
-            step = replace(work, model=child, task=task, notes=[], tell=self._told(work, k))
+            told = one_of(work.tell, k, self.generations)
+            step = replace(work, model=child, task=task, notes=[], tell=told)
             super().apply(step)
             work.notes += [f"generation {k + 1}: {note}" for note in step.notes]
             born.append(child)
         work.model.load_state_dict(self._best(work, born).state_dict())
         work.model.eval()
-
-    def _told(self, work: Work, k: int) -> Any:
-        return lambda done, of: work.tell(k * of + done, self.generations * of)
 
     def _best(self, work: Work, born: Sequence[nn.Module]) -> nn.Module:
         """The generation best on validation, the first of equals; without validation the last."""

@@ -3,22 +3,25 @@
     p(x) = mean over t of softmax(z(t(x))),   y = argmax p where max p >= confidence
 
 t are shifts along the width and, where asked for, their mirror images. Then plain training on the
-labeled and the newly labeled images together. The teachers answer, by default the parent.
+labeled and the newly labeled images together. The teachers answer, by default the parent; in a
+second round and later ones the network that was trained in the round before.
 
 Paper: Radosavovic et al. 2018, Data Distillation: Towards Omni-Supervised Learning.
 Helps when: labels are few, images many, and the network is right on most of them.
 Hurts when: its errors are sure ones: it learns them. `flip` where left and right differ in meaning.
 Needs: training data; unlabeled images as Task.calibration, whose labels are never read; images in,
-    class scores out. Costs: a forward pass for each transform of each image; training.
+    class scores out. Costs: a forward pass for each transform of each image, and training; both in
+    each round.
 
-Departures: images that are not sure enough are left out, not single detections. Each batch of newly
-labeled images is shown under one of the transforms, as what the task does to its own images is not
-known here.
+Departures: the paper has one round. Images that are not sure enough are left out, not single
+detections. Each batch of newly labeled images is shown under one of the transforms, as what the
+task does to its own images is not known here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -29,7 +32,7 @@ from torch import Tensor
 from whet.errors import Refused
 from whet.rungs.teachers import Teacher
 from whet.rungs.teaching import check_scores, image_of
-from whet.rungs.training import TrainTechnique, train
+from whet.rungs.training import TrainTechnique, one_of, train
 from whet.task import Batches, as_arguments, batch_size, count, evaluating
 from whet.technique import Need, Work
 
@@ -47,23 +50,27 @@ class PseudoLabel(TrainTechnique):
     confidence: Annotated[
         float, Field(ge=0, le=1, description="mean probability of the class, at least")
     ] = 0.9
+    rounds: Annotated[int, Field(ge=1, le=20, description="labelings, with a training each")] = 1
 
     def objective(self, work: Work) -> Callable[[Any, Any, Any], Tensor]:
         task = work.task
         return lambda inputs, labels, outputs: task.penalty(outputs, labels)
 
     def apply(self, work: Work) -> None:
-        x, y, seen = self.labels(work)
-        if not len(x):
-            raise Refused(
-                f"{self.name}(confidence={self.confidence})",
-                f"none of {seen} unlabeled images is that sure",
-                "Lower confidence, or drop the step.",
-            )
-        work.notes.append(f"{len(x)} of {seen} unlabeled images were labeled.")
-        assert work.task.train is not None  # `needs` was checked before any work
-        union = Union(work.task.train, x, y, transforms(self.shift, self.flip))
-        train(work, union, self.objective(work), self, work.tell)
+        asked = work
+        for k in range(self.rounds):
+            x, y, seen = self.labels(asked)
+            if not len(x):
+                raise Refused(
+                    f"{self.name}(confidence={self.confidence})",
+                    f"none of {seen} unlabeled images is that sure",
+                    "Lower confidence, or drop the step.",
+                )
+            work.notes.append(f"{len(x)} of {seen} unlabeled images were labeled.")
+            assert work.task.train is not None  # `needs` was checked before any work
+            union = Union(work.task.train, x, y, transforms(self.shift, self.flip))
+            train(work, union, self.objective(work), self, one_of(work.tell, k, self.rounds))
+            asked = replace(work, task=replace(work.task, teachers=(work.model,)))
 
     def labels(self, work: Work) -> tuple[Tensor, Tensor, int]:
         """The images that are sure enough, their classes, and how many images there are."""

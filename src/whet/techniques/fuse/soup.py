@@ -36,7 +36,7 @@ from whet import packed
 from whet.errors import Refused
 from whet.graph.ledger import Grid
 from whet.rungs import merging
-from whet.rungs.training import TrainTechnique, judged
+from whet.rungs.training import TrainTechnique, judged, one_of
 from whet.technique import Need, Work
 
 
@@ -102,7 +102,7 @@ class Soup(TrainTechnique):
     def _tuned(self, work: Work, k: int) -> nn.Module:
         """The k-th member."""
         child = copy.deepcopy(work.model)
-        tell = lambda done, of: work.tell(k * of + done, self.members * of)  # noqa: E731
+        tell = one_of(work.tell, k, self.members)
         step = replace(work, model=child, notes=[], tell=tell)
         rate = self.lr * self.spread ** exponent(k, self.members)
         self.model_copy(update={"lr": rate}).train(step, self.objective(step), tell)
