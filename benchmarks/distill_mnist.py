@@ -41,8 +41,8 @@ from whet.technique import Work
 LABELED, UNLABELED = 500, 10_000
 TAUGHT = trained(8, lr=2e-3)
 NO_DATA = {"steps": 3600, "width": 16, "lr": 5e-3, "alpha": 0.0, "beta": 20.0}
-FEW, LONGER = trained(60, lr=2e-3), trained(105, lr=1e-3)  # 10 batches an epoch
-PSEUDO = trained(5, lr=1e-3, confidence=0.9)  # at most 210
+FEW, LONGER = trained(60, lr=2e-3), trained(315, lr=1e-3)  # 10 batches an epoch
+PSEUDO = trained(5, lr=1e-3, confidence=0.9, rounds=3)  # at most 210
 
 ALONE = trained(5, lr=2e-3)  # of each network; of each generation
 PEERS: dict[str, dict[str, Any]] = {
