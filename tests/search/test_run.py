@@ -24,7 +24,7 @@ from whet.search.wish import PRESETS, Wish
 from whet.testing import tiny_task
 
 QUICK = {"rounds": 5, "techniques": ["L1Filters", "Magnitude", "Svd"], "finishes": ["float"]}
-SMALL = QUICK | {"trials": 1, "finals": 1, "epochs": 1.0}
+SMALL = QUICK | {"trials": 1, "finals": 1, "epochs": 2.0}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -303,32 +303,35 @@ class Search:
     ) -> Plan | None:
         """The plan of the next trial; None where all that could be are known.
 
-        A long recovery is for the best plan whose short one was bearable. Else it is the strongest
-        plan that should be, or where that one is known the next to it: a stronger one if it was
-        within the limit.
+        A long recovery is for the best plan that it should bring within the limit, if none that is
+        there already is as good. Else the next is the strongest plan that should be bearable, or
+        where that one is known the next to it: a stronger one if it was within the limit. Where all
+        of these are known too, the best of what is bearable is recovered for long.
         """
-        known = {_same(each.plan): each.trial for each in tried if each.kind == kind}
-        if kind == "long":
-            good = [
-                (each.trial[self.wish.minimize], each.plan)
-                for each in tried
-                if each.trial and self._bearable(each.trial) and _same(each.plan) not in known
-            ]
-            if good:
-                return min(good, key=lambda pair: pair[0])[1]
+        limit = self.bounds["drop"][0]
+        known = {_same(each.plan): each.trial for each in tried}
+        done = {_same(each.plan) for each in tried if each.kind == "long"}
+        good = [
+            (trial, each.plan)
+            for each in tried
+            if (trial := each.trial) and self._bearable(trial) and _same(each.plan) not in done
+        ]
+        best = None
+        if kind == "long" and good:
+            trial, best = min(good, key=lambda pair: pair[0][self.wish.minimize])
+            if excess(trial["drop"], limit):
+                return best
         drops = [(t["deviation"], self._recovered(t)) for t in self.trials if t["offers"]]
-        room = deviation_of(self.bounds["drop"][0], drops)
-        further = 0.0
+        room, further = deviation_of(limit, drops), 0.0
         for _ in range(STEPS):
             plan = strongest(room)
             if _same(plan) not in known:
                 return plan
             if not further:
                 trial = known[_same(plan)]
-                good_enough = trial and not excess(trial["drop"], self.bounds["drop"][0])
-                further = FURTHER if good_enough else 1 / FURTHER
+                further = FURTHER if trial and not excess(trial["drop"], limit) else 1 / FURTHER
             room *= further
-        return None
+        return best
 
     def _strongest(
         self,
