@@ -23,7 +23,7 @@ from whet.targets.onnxruntime import (
     pads_on_codes,
     products_with_biases,
 )
-from whet.targets.openvino import OpenVino, join_products
+from whet.targets.openvino import OpenVino, join_products, keep_grids
 from whet.technique import Work
 from whet.testing import tiny_task
 
@@ -107,7 +107,7 @@ def test_first_convolution_reads_four_channels(files: tuple[Path, Path, torch.Te
 
 
 def graph_of(nodes: list[onnx.NodeProto], **arrays: object) -> OnnxGraph:
-    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in "xy"]
+    info = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, list("ab")) for n in "xy"]
     held = [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()]
     return OnnxGraph(
         onnx.helper.make_model(onnx.helper.make_graph(nodes, "g", info[:1], info[1:], held))
@@ -215,6 +215,48 @@ def test_products_whose_sum_goes_back_to_codes_stay(behind: str):
     products_with_biases(graph)
     assert len(list(graph.of_kind("MatMulIntegerToFloat"))) == 0
     assert len(list(graph.of_kind("Sub"))) == 1
+
+
+GRIDS = {"s": np.float32(0.1), "t": np.float32(0.2), "z": np.int8(3), "n": np.array([2, 6])}
+
+
+def moved(*steps: tuple[str, str]) -> OnnxGraph:
+    """x on the grid of scale s, each move with the scale of the grid that follows it, y."""
+
+    def on(name: str, scale: str) -> list[onnx.NodeProto]:
+        grid = [scale, "z"]
+        to = onnx.helper.make_node("QuantizeLinear", [name, *grid], [f"{name}/q"])
+        return [to, onnx.helper.make_node("DequantizeLinear", [f"{name}/q", *grid], [f"{name}/d"])]
+
+    made, name = on("x", "s"), "x/d"
+    for k, (kind, scale) in enumerate(steps):
+        read = [name, "n"] if kind == "Reshape" else [name]
+        made += [onnx.helper.make_node(kind, read, [f"m{k}"]), *on(f"m{k}", scale)]
+        name = f"m{k}/d"
+    return graph_of([*made, onnx.helper.make_node("Neg", [name], ["y"])], **GRIDS)
+
+
+@pytest.mark.parametrize(
+    ("steps", "left"),
+    [
+        ([("Reshape", "s"), ("Transpose", "s")], 1),
+        ([("Reshape", "s"), ("Transpose", "t"), ("Reshape", "t")], 2),  # another grid, then again
+        ([("Sigmoid", "s")], 2),  # values are others
+        ([("Reshape", "t"), ("Reshape", "s")], 3),
+    ],
+)
+def test_what_is_moved_stays_on_its_grid(steps: list[tuple[str, str]], left: int):
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    found = []
+    for rules in ((), (keep_grids,)):
+        graph = moved(*steps)
+        for rule in rules:
+            rule(graph)
+        found.append(ReferenceEvaluator(graph.finish(20)[0]).run(None, {"x": x})[0])
+    assert len(list(graph.of_kind("QuantizeLinear"))) == left
+    assert len(list(graph.of_kind("DequantizeLinear"))) == left
+    assert np.array_equal(found[0], found[1])
+    assert found[0].std() > 0
 
 
 class Branches(nn.Module):

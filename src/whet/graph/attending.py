@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from whet.graph import sites
-from whet.graph.attention import added
+from whet.graph.attention import added, scored
 from whet.graph.trace import baked
 
 # what may lie between the softmax and the product
@@ -76,7 +76,7 @@ class Attending(TorchFunctionMode):
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> Callable[[], Seen] | None:
         if func is F.scaled_dot_product_attention:
-            return partial(of_product, *args, **kwargs)
+            return lambda: Seen(*scored(*args, **kwargs))
         if func is F.multi_head_attention_forward:
             given = ARGUMENTS.bind(*args, **kwargs).arguments
             own = given["bias_k"] is not None or given["add_zero_attn"]
@@ -96,32 +96,6 @@ def over_keys(args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> boo
     """Whether a softmax goes over the last of three or more dimensions."""
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     return out.ndim > 2 and dim in (-1, out.ndim - 1)
-
-
-def of_product(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Seen:
-    """What a call of `scaled_dot_product_attention` sees."""
-    if enable_gqa:
-        times = query.shape[-3] // key.shape[-3]
-        key, value = (each.repeat_interleave(times, -3) for each in (key, value))
-    # S = Q K^T / sqrt(d) + M
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = query @ key.transpose(-2, -1) * scale
-    if is_causal:
-        attn_mask = torch.ones_like(scores, dtype=torch.bool).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return Seen(scores, value)
 
 
 def of_module(given: dict[str, Any]) -> Seen:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -96,8 +97,7 @@ class Attention(nn.Module):
         return (y.squeeze(1 if turned else 0) if lone else y), weights
 
 
-def attend(
-    weigh: Callable[[Tensor], Tensor],
+def scored(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -106,20 +106,35 @@ def attend(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """What `scaled_dot_product_attention` computes, with `weigh` on the weights between."""
+) -> tuple[Tensor, Tensor]:
+    """S of a call of `scaled_dot_product_attention`, and the V that softmax(S) weighs."""
     if enable_gqa:
         times = query.shape[-3] // key.shape[-3]
         key, value = (x.repeat_interleave(times, dim=-3) for x in (key, value))
+    # S = Q K^T / sqrt(d) + M, scaled as torch does it, so that runtimes fuse both alike
     root = math.sqrt(1 / math.sqrt(query.shape[-1]) if scale is None else scale)
-    scores = (query * root) @ (key.transpose(-2, -1) * root)  # as torch's own, so that both fuse
+    scores = (query * root) @ (key.transpose(-2, -1) * root)
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None and attn_mask.dtype == torch.bool:  # true takes part
         out = torch.zeros_like(attn_mask, dtype=scores.dtype)
         attn_mask = out.masked_fill(attn_mask.logical_not(), -torch.inf)
-    weights = weigh(F.softmax(scores if attn_mask is None else scores + attn_mask, dim=-1))
-    return F.dropout(weights, dropout_p) @ value
+    return scores if attn_mask is None else scores + attn_mask, value
+
+
+def attend(
+    weigh: Callable[[Tensor], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    *more: Any,
+    **named: Any,
+) -> Tensor:
+    """What `scaled_dot_product_attention` computes, with `weigh` on the weights between."""
+    scores, value = scored(query, key, value, attn_mask, dropout_p, *more, **named)
+    return F.dropout(weigh(F.softmax(scores, dim=-1)), dropout_p) @ value
 
 
 def added(mask: Tensor | None, like: Tensor) -> Tensor | None:

@@ -42,8 +42,8 @@ MOVES = frozenset(
     ]
 )
 BALANCED = 1.3  # by so much coarser may the steps of a signed grid be: 2.3 dB
-# what attention multiplies comes first, then its mask
 ATTENTION = "scaled_dot_product_attention"
+# what is multiplied comes first, then the mask of attention
 MULTIPLIED = {ATTENTION: 3, "matmul": 2, "bmm": 2}
 PRODUCTS = frozenset(["matmul", "bmm"])
 # what may lie between the scores of attention and their softmax
@@ -213,9 +213,8 @@ def placement(
         elif moved_from in plan:
             plan[call.site] = plan[moved_from]
     makers = {call.site: call for call in calls}
-    for call in calls:
-        attends = call.site in inside and call.op == ATTENTION
-        if attends and all(_on_grid(source, makers, plan) for source in call.sources[:3]):
+    for call in (call for call in calls if call.op == ATTENTION and call.site in inside):
+        if all(_on_grid(s, makers, plan) for s in call.sources[: MULTIPLIED[ATTENTION]]):
             plan[call.site + sites.WEIGHTS] = call.site + sites.WEIGHTS
     return plan
 
@@ -230,17 +229,14 @@ def on_integers(
     between LayerNorms, a grid would cost time and accuracy for nothing.
     """
     makers, readers = {call.site: call for call in calls}, _readers(calls)
-    attending = _products(calls, makers) if integer & PRODUCTS else set()
+    attending = _products(calls, makers)
     found: set[str] = set()
     for call in reversed(calls):
         if call.op not in integer or skipped(call.path, skip):
             continue
-        if call.op in PRODUCTS:
-            if call.site in attending:
-                found.add(call.site)
-            continue
         joins = any(_convolved(source, makers) for source in call.sources)
-        if call.op in MATMULS or joins or _read_by(found, call, readers, MOVES | CLAMPS):
+        worth = call.op in MATMULS or joins or _read_by(found, call, readers, MOVES | CLAMPS)
+        if call.site in attending if call.op in PRODUCTS else worth:
             found.add(call.site)
     return found
 
@@ -296,7 +292,7 @@ def attended(calls: list[sites.Call], plan: Mapping[str, str]) -> list[set[str]]
     for call in calls:
         if call.op != ATTENTION:
             continue
-        made = {plan[s] for s in call.sources[:3] if s in plan}
+        made = {plan[s] for s in call.sources[: MULTIPLIED[call.op]] if s in plan}
         reads = [makers[site].sources[0] for site in made if makers[site].op == "linear"]
         if len(made) > 1 and len(reads) == len(made) and len(set(reads)) == 1:
             found.append(made)

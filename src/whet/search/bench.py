@@ -46,7 +46,7 @@ PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
 STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
-JUDGED = 5000  # validation examples that judge one; of 1,000 the best way was the worst of all
+JUDGED = 5000  # validation examples whose answers judge one
 TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student
 
 

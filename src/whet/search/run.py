@@ -147,6 +147,13 @@ class Tried(NamedTuple):
     trial: dict[str, Any] | None
 
 
+class Done(NamedTuple):
+    """A plan, and what was measured of it."""
+
+    plan: Plan
+    trial: dict[str, Any]
+
+
 class Search:
     """One search: its rows, its trials, its choice."""
 
@@ -310,17 +317,9 @@ class Search:
         """
         limit = self.bounds["drop"][0]
         known = {_same(each.plan): each.trial for each in tried}
-        done = {_same(each.plan) for each in tried if each.kind == "long"}
-        good = [
-            (trial, each.plan)
-            for each in tried
-            if (trial := each.trial) and self._bearable(trial) and _same(each.plan) not in done
-        ]
-        best = None
-        if kind == "long" and good:
-            trial, best = min(good, key=lambda pair: pair[0][self.wish.minimize])
-            if excess(trial["drop"], limit):
-                return best
+        best = self._unfinished(tried) if kind == "long" else None
+        if best is not None and excess(best.trial["drop"], limit):
+            return best.plan
         drops = [(t["deviation"], self._recovered(t)) for t in self.trials if t["offers"]]
         room, further = deviation_of(limit, drops), 0.0
         for _ in range(STEPS):
@@ -331,7 +330,17 @@ class Search:
                 trial = known[_same(plan)]
                 further = FURTHER if trial and not excess(trial["drop"], limit) else 1 / FURTHER
             room *= further
-        return best
+        return None if best is None else best.plan
+
+    def _unfinished(self, tried: Sequence[Tried]) -> Done | None:
+        """The best plan that was bearable and had no long recovery yet."""
+        long = {_same(each.plan) for each in tried if each.kind == "long"}
+        good = [
+            Done(each.plan, each.trial)
+            for each in tried
+            if each.trial and self._bearable(each.trial) and _same(each.plan) not in long
+        ]
+        return min(good, key=lambda done: done.trial[self.wish.minimize], default=None)
 
     def _strongest(
         self,

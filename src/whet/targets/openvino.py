@@ -15,6 +15,7 @@ from whet.optional import require
 from whet.targets.onnxgraph import OnnxGraph, facts
 from whet.targets.target import INTEGER_OPS, Target
 
+MOVES = frozenset(["Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"])
 LAYERS = frozenset(["Convolution", "FullyConnected", "MatMul", "Deconvolution"])
 
 
@@ -79,6 +80,32 @@ def add_to_accumulators(graph: OnnxGraph) -> None:
                 graph.drop(back)
                 graph.drop(to)
                 break  # the other term stays on integers
+
+
+def keep_grids(graph: OnnxGraph) -> None:
+    """DQ(Q(move(DQ(q)))) becomes move(DQ(q)) where both grids are one: the runtime moves codes."""
+    for to in graph.of_kind("QuantizeLinear"):
+        moved = graph.made.get(to.input[0])
+        source = moved
+        while source is not None and source.op_type in MOVES:
+            source = graph.made.get(source.input[0])
+        if source is moved or source is None or source.op_type != "DequantizeLinear":
+            continue
+        back, grid = list(graph.readers(to.output[0])), _grid(graph, to)
+        if grid is not None and all(_grid(graph, each) == grid for each in (source, *back)):
+            for each in back:
+                for node in list(graph.readers(each.output[0])):
+                    for position in [k for k, n in enumerate(node.input) if n == each.output[0]]:
+                        graph.reads_instead(node, position, to.input[0])
+                graph.drop_unread(each)
+            graph.drop_unread(to)
+
+
+def _grid(graph: OnnxGraph, node: NodeProto) -> list[tuple[Any, ...]] | None:
+    """The two numbers of a grid, to compare; None where they are more or not known."""
+    held = [graph.arrays.get(name) for name in node.input[1:]]
+    found = [(a.dtype, a.tobytes()) for a in held if a is not None and a.size == 1]
+    return found if len(found) == 2 else None
 
 
 class _Product(NamedTuple):
@@ -187,7 +214,7 @@ class OpenVino(Target):
     }
     signed_inputs: ClassVar[bool] = True
     widths: ClassVar[frozenset[int]] = frozenset({4, 8})
-    rules = (add_to_accumulators, join_products)
+    rules = (add_to_accumulators, keep_grids, join_products)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads, precision)
