@@ -4,11 +4,15 @@
 
 d(i, j) = |e_i - e_j| over the mean of all pairs, cos(i, j, k) the angle at e_j between e_i and e_k,
 h Huber's loss, e the features of an image in one row; delta and alpha are `distance` and `angle`.
+Both follow from inner products alone, G = E E^T with the rows of E about their mean:
+
+    |e_i - e_j|^2 = G_ii - 2 G_ij + G_jj,   (e_i - e_j)(e_k - e_j) = G_ik - G_ij - G_kj + G_jj
 
 Paper: Park et al. 2019, Relational Knowledge Distillation.
 Helps when: features are embeddings, whose distances are what is used.
 Hurts when: batches are large: angles cost b^3.
-Needs: training data. Costs: a forward pass of the teacher, b^3 angles of b images.
+Needs: training data. Costs: a forward pass of the teacher, b^3 angles of b images, however many
+    features they have.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from torch import Tensor
 
 from whet.rungs.teaching import FeatureTechnique
 
+SAME = 1e-12  # images nearer than this share of the largest square have no direction
+
 
 class Relational(FeatureTechnique):
     """Huber's loss of distances and of angles."""
@@ -30,23 +36,35 @@ class Relational(FeatureTechnique):
     angle: Annotated[float, Field(ge=0, le=1e4, description="weight of angles")] = 50.0
 
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        e_s, e_t = student.flatten(1), teacher.flatten(1)
-        total = self.distance * F.smooth_l1_loss(distances(e_s), distances(e_t))
+        g_s, g_t = products(student.flatten(1)), products(teacher.flatten(1))
+        total = self.distance * F.smooth_l1_loss(distances(g_s), distances(g_t))
         if self.angle:
-            total = total + self.angle * F.smooth_l1_loss(angles(e_s), angles(e_t))
-        return total
+            total = total + self.angle * F.smooth_l1_loss(angles(g_s), angles(g_t))
+        return total.float()
 
 
-def distances(e: Tensor) -> Tensor:
-    """|e_i - e_j| over the mean of all pairs i != j, [b, d] -> [b, b]."""
-    square = e.square().sum(dim=1)
-    apart = (square[:, None] + square - 2 * e @ e.T).clamp(min=1e-12).sqrt()
-    apart = apart * (1 - torch.eye(len(e), device=e.device))
-    pairs = max(len(e) * (len(e) - 1), 1)
+def products(e: Tensor) -> Tensor:
+    """G, [b, d] -> [b, b], in float64: what is wanted are differences of nearly equal numbers."""
+    e = (e - e.mean(dim=0)).double()
+    return e @ e.T
+
+
+def distances(g: Tensor) -> Tensor:
+    """|e_i - e_j| over the mean of all pairs i != j, [b, b] -> [b, b]."""
+    apart = squares(g).clamp(min=1e-12).sqrt() * (1 - torch.eye(len(g), device=g.device))
+    pairs = max(len(g) * (len(g) - 1), 1)
     return apart / (apart.sum() / pairs).clamp(min=1e-12)
 
 
-def angles(e: Tensor) -> Tensor:
-    """cos of the angle at e_j between e_i and e_k, [b, d] -> [b (j), b (i), b (k)]."""
-    towards = F.normalize(e[None, :] - e[:, None], dim=2)  # [j, i, d]: e_i - e_j
-    return towards @ towards.transpose(1, 2)
+def angles(g: Tensor) -> Tensor:
+    """cos of the angle at e_j between e_i and e_k, [b, b] -> [b (j), b (i), b (k)]; 0 at e_j."""
+    square, least = squares(g), SAME * g.diagonal().max()
+    apart = square > least
+    over = torch.where(apart, torch.where(apart, square, 1.0).rsqrt(), 0.0)
+    towards = g - g[:, :, None] - g[:, None, :] + g.diagonal()[:, None, None]
+    return towards * over[:, :, None] * over[:, None, :]
+
+
+def squares(g: Tensor) -> Tensor:
+    """|e_i - e_j|^2, [b, b] -> [b, b]."""
+    return g.diagonal()[:, None] - 2 * g + g.diagonal()
