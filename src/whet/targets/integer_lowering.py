@@ -183,13 +183,29 @@ class Lowering:
     def sum_of(self, name: str) -> Sum:
         """A float value of the file as integers with scales."""
         if name not in self.sums:
-            node = self.maker(name)
-            if node.op_type in MOVES or node.op_type in ORDERED:
+            node, grid = self.maker(name), self.kept(name)
+            if grid is not None:
+                self.sums[name] = self.centred(self.on_grid(name, grid), grid)
+            elif node.op_type in MOVES or node.op_type in ORDERED:
                 refuse(node, "what it makes is on no grid")
-            if node.op_type not in SUMS:
+            elif node.op_type not in SUMS:
                 refuse(node, "it has no form on integers")
-            self.sums[name] = SUMS[node.op_type](self, node)
+            else:
+                self.sums[name] = SUMS[node.op_type](self, node)
         return self.sums[name]
+
+    def kept(self, name: str) -> Grid | None:
+        """The grid of a value that is dequantized codes, moved or not; None for any other."""
+        node = self.maker(name)
+        if node.op_type in MOVES:
+            return self.kept(node.input[0])
+        return self.grid(node) if node.op_type == "DequantizeLinear" else None
+
+    def centred(self, codes: str, grid: Grid) -> Sum:
+        """What codes on a grid stand for: S (q - Z)."""
+        value = self.do(kernels.centred, codes, zero=grid.zero_point)
+        bound = max(grid.high - grid.zero_point, grid.zero_point - grid.low)
+        return Sum((Term(value, np.array(grid.scale), np.array(bound)),))
 
     def term(self, node: NodeProto) -> Term:
         """The first input of `node`: codes on a grid of one scale, without their zero point."""
@@ -291,13 +307,6 @@ def code(real: float, grid: Grid) -> int:
 # -- layers and sums: integers with scales -------------------------------------------------------
 
 
-def _dequantize(low: Lowering, node: NodeProto) -> Sum:
-    grid = low.grid(node)
-    value = low.do(kernels.centred, low.stored(node.input[0]), zero=grid.zero_point)
-    bound = max(grid.high - grid.zero_point, grid.zero_point - grid.low)
-    return Sum((Term(value, np.array(grid.scale), np.array(bound)),))
-
-
 def _layer(low: Lowering, node: NodeProto, acc: Term, bias: np.ndarray | None, ndim: int) -> Sum:
     """A product, its scale and bound one an output, with `ndim` dimensions behind the outputs."""
     if bool(np.any(acc.bound > WORD.max)):
@@ -390,7 +399,6 @@ def _mean(low: Lowering, node: NodeProto, data: Term, value: str, count: int) ->
 
 
 SUMS: dict[str, Callable[[Lowering, NodeProto], Sum]] = {
-    "DequantizeLinear": _dequantize,
     "Conv": _conv,
     "MatMul": _matmul,
     "Gemm": _matmul,
