@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whet.task import Batch, Task
+from whet.task import Batch, Metric, Task
 
 CLASSES = 4
 Network = tuple[nn.Module, tuple[Tensor, ...]]
@@ -270,6 +271,16 @@ def dense_cnn() -> Network:
     ), _image()
 
 
+def grid_cnn() -> Network:
+    """A detector of one stage: a box, whether it holds anything, and its class, for each cell."""
+    return _seeded(
+        lambda: nn.Sequential(
+            *_step(3, 16), nn.MaxPool2d(2), *_step(16, 32), nn.Conv2d(32, 5 + CLASSES, 1)
+        ),
+        seed=13,
+    ), _image()
+
+
 def flatten_cnn() -> Network:
     """Convolutions with biases whose map is flattened into linear layers, as in LeNet."""
     return _seeded(
@@ -391,7 +402,7 @@ NETWORKS: Mapping[str, Callable[[], Network]] = {
 }
 # networks that show one habit, which few techniques look for
 SPECIAL: Mapping[str, Callable[[], Network]] = {
-    make.__name__: make for make in (linear_cnn, dense_cnn, padded_rnn)
+    make.__name__: make for make in (linear_cnn, dense_cnn, grid_cnn, padded_rnn)
 }
 
 
@@ -439,6 +450,40 @@ def dense_batches(example: Tensor, count: int, seed: int, size: int = 16) -> lis
     return found
 
 
+def grid_batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batch]:
+    """Images with cells of 2 x 2 pixels, a quarter of them coloured; labels [size, rows, columns].
+
+    A label is the class that the colour stands for, `CLASSES` where there is none.
+
+    Args: as those of `batches`.
+    """
+    channels, height, width = example.shape[1:]
+    colours = 2 * torch.randn(CLASSES, channels, generator=torch.Generator().manual_seed(0))
+    colours = torch.cat([colours, torch.zeros(1, channels)])
+    chance = torch.Generator().manual_seed(seed)
+    found: list[Batch] = []
+    for _ in range(count):
+        cells = size, height // 2, width // 2
+        labels = torch.randint(0, CLASSES, cells, generator=chance)
+        labels[torch.rand(cells, generator=chance) < 0.75] = CLASSES
+        images = colours[labels].movedim(-1, 1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        found.append((images + torch.randn(images.shape, generator=chance), labels))
+    return found
+
+
+def grid_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of whether a cell holds anything, and of its class where it does."""
+    holds = (labels < CLASSES).to(outputs)
+    found = F.binary_cross_entropy_with_logits(outputs[:, 4], holds)
+    return found + F.cross_entropy(outputs[:, 5:], labels, ignore_index=CLASSES)
+
+
+def grid_top1(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The share of cells whose class, or emptiness, is found."""
+    holds, classes = outputs[:, 4] > 0, outputs[:, 5:].argmax(dim=1)
+    return (torch.where(holds, classes, CLASSES) == labels).double().mean()
+
+
 def padded_batches(example: Tensor, count: int, seed: int, size: int = 16) -> list[Batch]:
     """The same with zeros behind sequences of at least two steps.
 
@@ -452,7 +497,14 @@ def padded_batches(example: Tensor, count: int, seed: int, size: int = 16) -> li
     return found
 
 
-DEALS = {dense_cnn.__name__: dense_batches, padded_rnn.__name__: padded_batches}
+DEALS = {
+    dense_cnn.__name__: dense_batches,
+    grid_cnn.__name__: grid_batches,
+    padded_rnn.__name__: padded_batches,
+}
+JUDGED: Mapping[str, dict[str, Any]] = {
+    grid_cnn.__name__: {"loss": grid_loss, "metric": Metric("cells", grid_top1, unit="%")}
+}
 
 
 @torch.no_grad()
@@ -472,9 +524,9 @@ def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = Non
         example: the inputs of a network of your own; one 3x8x8 image by default.
     """
     siblings: tuple[nn.Module, ...] = ()
-    deal = batches
+    deal, judged = batches, dict[str, Any]()
     if isinstance(network, str):
-        deal = DEALS.get(network, batches)
+        deal, judged = DEALS.get(network, batches), JUDGED.get(network, {})
         make = NETWORKS.get(network) or SPECIAL[network]
         siblings = (shaken(make()[0], seed=20),)
         network, example = make()
@@ -491,4 +543,5 @@ def tiny_task(network: str | nn.Module, example: tuple[Tensor, ...] | None = Non
         calibration=calibration,
         siblings=siblings,
         name=type(network).__name__,
+        **judged,
     )

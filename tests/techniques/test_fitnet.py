@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from whet.rungs.teaching import Heard
+from whet.rungs.teaching import Heard, regressor
 from whet.technique import Work
-from whet.techniques.distill.fitnet import FitNet, Hints, hint, regressor
+from whet.techniques.distill.fitnet import FitNet, Hints, hint
 from whet.testing import tiny_task
 
 

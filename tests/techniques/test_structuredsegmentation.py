@@ -10,6 +10,7 @@ from torch import nn
 
 from whet import fit
 from whet.errors import Refused
+from whet.rungs.adversary import discriminator
 from whet.rungs.teaching import Heard
 from whet.technique import Work
 from whet.techniques.distill.attentiontransfer import AttentionTransfer
@@ -18,13 +19,14 @@ from whet.techniques.distill.structuredsegmentation import (
     Judge,
     StructuredSegmentation,
     affinity,
-    discriminator,
     last_map,
     pairwise,
     pixelwise,
     steepness,
 )
 from whet.testing import tiny_task
+
+BETAS = (0.5, 0.9)
 
 
 def maps(batch=3, classes=4, height=4, width=6):
@@ -76,7 +78,7 @@ def test_maps_of_other_sizes_are_paired_on_one_grid():
 
 def test_as_a_whole_equal_maps_are_no_distance_apart():
     q, x = maps().softmax(dim=1), torch.randn(3, 2, 4, 6)
-    judge = Judge(discriminator(6, 4), 1e-2)
+    judge = Judge(discriminator(6, 4), 1e-2, BETAS)
     for _ in range(5):
         assert float(judge(q, q, x)) == 0
 
@@ -98,7 +100,7 @@ def test_the_slope_is_held_to_one_between_the_two_maps():
 
 def test_the_discriminator_learns_to_tell_the_maps_apart_by_the_image():
     """The maps alone are equal in law: only beside the image do they differ."""
-    judge, told = Judge(discriminator(3, 8), 5e-3), []
+    judge, told = Judge(discriminator(3, 8), 5e-3, BETAS), []
     for _ in range(100):
         x = torch.randint(0, 2, (32, 1, 1, 1)).float().expand(-1, 1, 4, 4)
         right = torch.cat([x, 1 - x], 1)
@@ -109,7 +111,7 @@ def test_the_discriminator_learns_to_tell_the_maps_apart_by_the_image():
 
 
 def test_the_student_goes_against_the_discriminator_and_leaves_it_alone():
-    judge = Judge(discriminator(6, 4), 1e-3)
+    judge = Judge(discriminator(6, 4), 1e-3, BETAS)
     q_t, x = maps().softmax(dim=1), torch.randn(3, 2, 4, 6)
     q_s = maps().softmax(dim=1).requires_grad_()
     before = copy.deepcopy(judge.D.state_dict())
@@ -126,7 +128,7 @@ def test_the_student_goes_against_the_discriminator_and_leaves_it_alone():
 
 
 def test_images_are_brought_to_the_size_of_the_maps():
-    judge = Judge(discriminator(6, 4), 1e-3)
+    judge = Judge(discriminator(6, 4), 1e-3, BETAS)
     z = maps().softmax(dim=1)
     assert judge(z, z.flip(0), torch.randn(3, 2, 9, 13)).shape == ()
 

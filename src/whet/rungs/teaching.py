@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -138,7 +138,7 @@ def image_of(asked: str, task: Task) -> Tensor:
         Refused: it is not.
     """
     image = task.example[0] if len(task.example) == 1 else None
-    if not (torch.is_tensor(image) and image.ndim == 4 and image.is_floating_point()):
+    if not is_map(image):
         raise Refused(
             asked,
             "Task.example is no single batch of images [batch, channels, height, width]",
@@ -170,8 +170,8 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return temperature**2 * F.kl_div(log_s, log_t, reduction="batchmean", log_target=True)
 
 
-class FeatureTechnique(DistillTechnique):
-    """A rung: a loss between the outputs of modules, the mean over those compared."""
+class TapTechnique(DistillTechnique):
+    """A rung: a loss between the outputs of modules, with weights of its own to train."""
 
     at: Annotated[
         dict[str, str],
@@ -205,6 +205,10 @@ class FeatureTechnique(DistillTechnique):
             )
         return found
 
+
+class FeatureTechnique(TapTechnique):
+    """A rung: a loss between the outputs of modules, the mean over those compared."""
+
     @abstractmethod
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
         """0-d, of F_s and F_t, [batch, channels, ...]."""
@@ -224,6 +228,22 @@ def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     height, width = map(min, student.shape[2:], teacher.shape[2:])
     size = height, width
     return F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size)
+
+
+def regressor(student: Tensor, teacher: Tensor) -> nn.Module:
+    """A linear map from the channels of F_s to those of F_t, which starts as an identity."""
+    if student.ndim == 4:
+        wide = nn.Conv2d(student.shape[1], teacher.shape[1], 1, bias=False)
+        nn.init.dirac_(wide.weight)
+        return wide
+    flat = nn.Linear(student.shape[-1], teacher.shape[-1], bias=False)
+    nn.init.eye_(flat.weight)
+    return flat
+
+
+def is_map(value: Any) -> TypeGuard[Tensor]:
+    """Whether it is real numbers, [batch, channels, height, width]."""
+    return torch.is_tensor(value) and value.ndim == 4 and value.is_floating_point()
 
 
 class Part(NamedTuple):

@@ -23,19 +23,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.rungs.teaching import FeatureTechnique, Heard
+from whet.rungs.teaching import Heard, TapTechnique
 from whet.technique import Work
 
 
-class Contrastive(FeatureTechnique):
+class Contrastive(TapTechnique):
     """Tell the teacher's features of the same image from those of others."""
 
     weight: Annotated[float, Field(ge=0, le=1e6, description="weight of this loss")] = 0.8
     width: Annotated[int, Field(ge=1, description="numbers of an embedding")] = 128
     temperature: Annotated[float, Field(gt=0, le=10, description="tau")] = 0.1
-
-    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return contrast(student, teacher, self.temperature)
 
     def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
         return Embeddings(heard, self.width, self.temperature)

@@ -22,15 +22,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from whet.rungs.teaching import FeatureTechnique, Heard, same_size
+from whet.rungs.teaching import Heard, TapTechnique, regressor, same_size
 from whet.technique import Work
 
 
-class FitNet(FeatureTechnique):
+class FitNet(TapTechnique):
     """Hints through a learned map."""
-
-    def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
-        return hint(student, teacher)
 
     def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
         return Hints(heard)
@@ -56,17 +53,6 @@ class Hints(nn.Module):
             student, teacher = same_size(heard.shown[path], heard.wanted[path])
             losses.append(hint(regress(student), teacher))
         return torch.stack(losses).mean()
-
-
-def regressor(student: Tensor, teacher: Tensor) -> nn.Module:
-    """A linear map from the channels of F_s to those of F_t, which starts as an identity."""
-    if student.ndim == 4:
-        wide = nn.Conv2d(student.shape[1], teacher.shape[1], 1, bias=False)
-        nn.init.dirac_(wide.weight)
-        return wide
-    flat = nn.Linear(student.shape[-1], teacher.shape[-1], bias=False)
-    nn.init.eye_(flat.weight)
-    return flat
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ from torch import Tensor, nn
 
 from whet.errors import Refused
 from whet.graph.trace import baked
-from whet.rungs.teaching import FeatureTechnique, Heard, divergence
+from whet.rungs.adversary import Adversary, discriminator
+from whet.rungs.teaching import FeatureTechnique, Heard, divergence, is_map
 from whet.task import as_arguments
 from whet.technique import Work
 
@@ -75,7 +76,8 @@ class StructuredSegmentation(FeatureTechnique):
         judge = None
         if self.holistic:
             seen = heard.student.shape[1] + as_arguments(heard.inputs)[0].shape[1]
-            judge = Judge(discriminator(seen, self.width), self.discriminator_lr)
+            D = discriminator(seen, self.width)
+            judge = Judge(D, self.discriminator_lr, betas=(0.5, 0.9))
         return partial(self.total, judge)
 
     def total(self, judge: Judge | None, heard: Heard) -> Tensor:
@@ -126,11 +128,6 @@ class StructuredSegmentation(FeatureTechnique):
             )
 
 
-def is_map(value: Any) -> bool:
-    """Whether it is real numbers, [batch, channels, height, width]."""
-    return torch.is_tensor(value) and value.ndim == 4 and value.is_floating_point()
-
-
 def last_map(model: nn.Module, example: tuple[Any, ...]) -> str | None:
     """The module that gives the last map of other channels than the outputs have, outermost."""
     twin = baked(model)[0]
@@ -168,15 +165,6 @@ def pairwise(f_s: Tensor, f_t: Tensor, nodes: int) -> Tensor:
     return (affinity(f_s, grid) - affinity(f_t, grid)).square().mean()
 
 
-def discriminator(channels: int, width: int) -> nn.Sequential:
-    """D: [batch, channels, height, width] -> [batch, 1]; no norm, which would mix the images."""
-    return nn.Sequential(
-        *(nn.Conv2d(channels, width, 3, 2, 1), nn.LeakyReLU(0.2)),
-        *(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.LeakyReLU(0.2)),
-        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, 1)),
-    )
-
-
 def steepness(D: nn.Module, q_s: Tensor, q_t: Tensor, x: Tensor) -> Tensor:
     """E (|grad_q D(q | x)| - 1)^2 at q = e q_t + (1 - e) q_s, e ~ U(0, 1) for each image."""
     e = torch.rand(len(q_s), 1, 1, 1, device=q_s.device)
@@ -185,34 +173,18 @@ def steepness(D: nn.Module, q_s: Tensor, q_t: Tensor, x: Tensor) -> Tensor:
     return (slope.flatten(1).norm(dim=1) - 1).square().mean()
 
 
-class Judge:
-    """L_ho; called where gradients are wanted, its discriminator first takes a step.
-
-    Args:
-        D: [batch, classes + channels of the image, height, width] -> [batch, 1].
-        lr: of D.
-    """
-
-    def __init__(self, D: nn.Module, lr: float) -> None:
-        self.D = D
-        self.optimizer = torch.optim.Adam(D.parameters(), lr=lr, betas=(0.5, 0.9))
+class Judge(Adversary):
+    """L_ho; its D: [batch, classes + channels of the image, height, width] -> [batch, 1]."""
 
     def __call__(self, q_s: Tensor, q_t: Tensor, x: Tensor) -> Tensor:
-        self.D.to(q_s.device)
         x = F.adaptive_avg_pool2d(x, (q_s.shape[2], q_s.shape[3]))
-        if torch.is_grad_enabled():
-            self.step(q_s.detach(), q_t, x)
-        self.D.requires_grad_(False)  # the student alone learns from what follows
+        # min_D E D(q_s | x) - E D(q_t | x) + 10 E (|grad D| - 1)^2
+        own = q_s.detach()
+        self.learn(
+            lambda: 10 * steepness(self.D, own, q_t, x) - self.distance(own, q_t, x), q_s.device
+        )
         return self.distance(q_s, q_t, x)
 
     def distance(self, q_s: Tensor, q_t: Tensor, x: Tensor) -> Tensor:
         """E D(q_t | x) - E D(q_s | x)."""
         return (self.D(torch.cat([q_t, x], 1)) - self.D(torch.cat([q_s, x], 1))).mean()
-
-    def step(self, q_s: Tensor, q_t: Tensor, x: Tensor) -> None:
-        """One step of min_D E D(q_s | x) - E D(q_t | x) + 10 E (|grad D| - 1)^2."""
-        self.D.requires_grad_(True)
-        loss = 10 * steepness(self.D, q_s, q_t, x) - self.distance(q_s, q_t, x)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
