@@ -217,6 +217,35 @@ def test_products_whose_sum_goes_back_to_codes_stay(behind: str):
     assert len(list(graph.of_kind("Sub"))) == 1
 
 
+class Normed(nn.Module):
+    """A sum of two values and one with a constant, a LayerNorm behind each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.place = nn.Linear(16, 16), nn.Parameter(torch.randn(1, 6, 16))
+        self.first, self.second = nn.LayerNorm(16), nn.LayerNorm(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x + self.place)
+        return self.second(x + torch.relu(self.inner(x)))
+
+
+def test_sums_in_front_of_norms_stay_apart(tmp_path: Path):
+    torch.manual_seed(0)
+    model, x = Normed().eval(), torch.randn(2, 6, 16)
+    found = []
+    for target in (Plain(), OnnxRuntime()):
+        file = Deployable(model, (x,), target).write(tmp_path / "net.onnx")
+        session = target.open(file, 1, "f32")
+        found.append((session.kernels(), session.run([x.numpy()])[0]))
+    (fused, before), (apart, after) = found
+    assert fused["SkipLayerNormalization"] >= 1
+    assert "SkipLayerNormalization" not in apart
+    assert apart["Sum"] == 1  # constants are added as they were
+    assert apart["LayerNormalization"] == 2
+    np.testing.assert_allclose(after, before, atol=1e-5)
+
+
 GRIDS = {"s": np.float32(0.1), "t": np.float32(0.2), "z": np.int8(3), "n": np.array([2, 6])}
 
 
