@@ -286,6 +286,34 @@ def test_sums_among_floats_are_not_worth_integers():
     assert static.on_integers(pixels, skip=("a",)) == {"avg_pool2d:0"}
 
 
+class Patches(nn.Module):
+    """An image cut to patches by a convolution; these and a token of the class are normed."""
+
+    def __init__(self, tokens):
+        super().__init__()
+        self.cut, self.more, self.tokens = nn.Conv2d(3, 8, 2, 2), nn.Conv2d(3, 8, 2, 2), tokens
+        self.token, self.norm = nn.Parameter(torch.randn(1, 8, 1)), nn.LayerNorm(8)
+        self.out = nn.Linear(8, 4)
+
+    def forward(self, x):
+        cut, more = self.cut(x), self.more(x)
+        if self.tokens:
+            token = self.token.expand(len(x), -1, -1)
+            x = torch.cat([token, cut.flatten(2), more.flatten(2)], dim=2)
+        else:
+            x = torch.cat([cut, more], dim=2).flatten(2)
+        return self.out(self.norm(x.transpose(1, 2)).mean(dim=1))
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_patches_become_tokens_as_floats(apply, tokens):
+    """The residual path of a transformer begins there; maps are put together on grids."""
+    task = tiny_task(Patches(tokens).eval(), (torch.randn(2, 3, 8, 8),))
+    grids = ledger(apply(task, StaticInt8()).model).grids
+    assert ("cut/conv2d:0" in grids) == (not tokens)
+    assert {"input:0", "mean:0"} <= set(grids)
+
+
 def test_only_layers_of_a_transformer_read_grids(apply):
     task = tiny_task("transformer")
     model = apply(task, StaticInt8()).model

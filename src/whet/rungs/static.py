@@ -41,6 +41,10 @@ MOVES = frozenset(
         "identity",
     ]
 )
+# of these, what makes tokens of a map, or the like
+RESHAPES = frozenset(
+    ["flatten", "view", "reshape", "permute", "transpose", "unsqueeze", "unflatten", "squeeze"]
+)
 BALANCED = 1.3  # by so much coarser may the steps of a signed grid be: 2.3 dB
 ATTENTION = "scaled_dot_product_attention"
 # what is multiplied comes first, then the mask of attention
@@ -224,9 +228,9 @@ def on_integers(
 ) -> set[str]:
     """The sites of the calls that are worth computing on integers.
 
-    Every layer, and a sum, concatenation or pooling that reads what a convolution made or makes
-    what such a call reads. The others stand among floats: on the residual path of a transformer,
-    between LayerNorms, a grid would cost time and accuracy for nothing.
+    Every layer, and a sum, concatenation or pooling that reads a map that a convolution made or
+    makes what such a call reads. The others stand among floats: on the residual path of a
+    transformer, which begins with patches made tokens, a grid would cost accuracy for nothing.
     """
     makers, readers = {call.site: call for call in calls}, _readers(calls)
     attending = _products(calls, makers)
@@ -278,8 +282,8 @@ def _readers(calls: list[sites.Call]) -> dict[str, list[sites.Call]]:
 
 
 def _convolved(site: str, makers: Mapping[str, sites.Call]) -> bool:
-    """Whether a convolution made the value, but for moves and clamps behind it."""
-    call = _back(site, makers, MOVES | CLAMPS)
+    """Whether a convolution made the value, a map still, but for moves and clamps behind it."""
+    call = _back(site, makers, MOVES - RESHAPES | CLAMPS)
     return call is not None and call.op in MATMULS - {"linear"}
 
 
