@@ -395,6 +395,10 @@ EDITS: list[tuple[str, str, Any]] = [
     ("take", "last.weight", {"dim": 0, "keep": "all"}),
     ("take", "last.weight", {"dim": 0, "keep": [0] * 10**5}),
     ("take", "last.weight", {"keep": [0]}),
+    *[("take", "last.weight", {"dim": 0, "runs": runs}) for runs in (
+        [0], [0, 2**60], [0, 0], [0, -1], [2**60, 1], [-2, 1], [0, 1.0], ["0", 1], [0, True], "all",
+        5, None, [0, 1, 0, 1, 0, 1],
+    )],
     ("take", "last.weight", []),
     ("exec", "last", LINEAR),
     (None, "last", LINEAR),  # type: ignore[list-item]

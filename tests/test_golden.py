@@ -25,6 +25,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.whet"))
 FRESH = {
     "floats": Conv,
     "cut": Conv,
+    "runs": Conv,
     "forms": lambda: Row(6, 8),
     "entropy": lambda: Row(1, 40),
     "contexts": lambda: Row(1, 40),

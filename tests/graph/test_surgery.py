@@ -13,7 +13,7 @@ from whet import packed
 from whet.errors import Damaged, Refused
 from whet.graph import placeable, surgery
 from whet.graph.channels import cut, find_groups
-from whet.graph.ledger import Edit, Grid, Ledger, ledger
+from whet.graph.ledger import Edit, Grid, Ledger, ledger, runs, slices
 from whet.testing import NETWORKS
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -36,6 +36,38 @@ def test_taking_slices_of_a_parameter():
     assert not model[0].weight.requires_grad
     assert (model[0].in_features, model[0].out_features) == (3, 2)
     assert ledger(model).edits[0] == Edit("take", "0.weight", {"dim": 0, "keep": [5, 0]})
+
+
+@pytest.mark.parametrize(
+    ("keep", "as_runs"),
+    [
+        ([2, 3, 9], [2, 2, 5, 1]),
+        ([0, 1, 2], [0, 3]),
+        ([5, 0], [5, 1, -6, 1]),
+        ([4], [4, 1]),
+        ([], []),
+    ],
+)
+def test_what_is_kept_as_runs(keep, as_runs):
+    assert runs(keep) == as_runs
+    assert slices(as_runs, 10) == keep
+
+
+def test_edits_are_written_as_runs_and_read_as_lists_too():
+    model = nn.Sequential(nn.Linear(4, 60))
+    surgery.take(model, "0.weight", 0, [*range(16, 32), *range(40, 44)])
+    surgery.take(model, "0.bias", 0, [*range(16, 32), *range(40, 44)])
+    book = ledger(model).spec()
+    assert [edit["arguments"] for edit in book["edits"]] == [{"dim": 0, "runs": [16, 16, 8, 4]}] * 2
+    assert "keep" in ledger(model).edits[0].arguments
+    lists = copy.deepcopy(book)
+    for edit in lists["edits"]:
+        edit["arguments"] = {"dim": 0, "keep": [*range(16, 32), *range(40, 44)]}
+    for each in (book, lists):
+        fresh = nn.Sequential(nn.Linear(4, 60))
+        surgery.replay(fresh, json.loads(json.dumps(each)))
+        assert fresh[0].weight.shape == (20, 4)
+        assert ledger(fresh) == ledger(model)
 
 
 SIZES = {

@@ -20,7 +20,7 @@ from whet import packed
 from whet.errors import Damaged, Refused
 from whet.graph import placeable, sites
 from whet.graph.attention import unfolded
-from whet.graph.ledger import Edit, Grid, ledger
+from whet.graph.ledger import Edit, Grid, ledger, slices
 from whet.graph.placeable import CONVOLUTIONS, NORMS, TRANSPOSED
 
 # what an edit raises on a network, or by a description, that it does not fit
@@ -286,10 +286,8 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
     for edit in book.get("edits", ()):
         try:
             if edit["kind"] == "take":
-                arguments = edit["arguments"]
-                take(
-                    model, edit["path"], int(arguments["dim"]), [int(k) for k in arguments["keep"]]
-                )
+                dim, path = int(edit["arguments"]["dim"]), edit["path"]
+                take(model, path, dim, _kept(model, path, dim, edit["arguments"]))
             elif edit["kind"] == "plain":
                 _settle(model.get_submodule(edit["path"]))
                 ledger(model).edits.append(Edit("plain", edit["path"], {}))
@@ -324,6 +322,13 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
                     "Copy the file again from where it was written.",
                 )
             set_constant(model, site, argument, old, new)
+
+
+def _kept(model: nn.Module, name: str, dim: int, arguments: Mapping[str, Any]) -> list[int]:
+    """The slices that an edit keeps; older files list them."""
+    if "keep" in arguments:
+        return [int(k) for k in arguments["keep"]]
+    return slices(arguments["runs"], tensor_of(model, name).shape[dim])
 
 
 @torch.no_grad()
