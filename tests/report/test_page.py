@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from example import REPORT
+from rich.table import Table
 
 from whet.report.page import STYLE, page
 from whet.report.table import headline, layer_table, tables
@@ -214,6 +215,34 @@ def test_the_step_chart_survives_strange_numbers() -> None:
         for step in report["steps"]:
             step["latency_ms"] = step["metric"] = step["bytes"] = value
         assert not re.search(r'(?:y|height|y1|cy)="(?:nan|inf|-)', page(report))
+
+
+def test_what_was_measured_after_no_step_has_no_picture_and_no_column() -> None:
+    """As in what a search found, whose result alone was measured."""
+    report = copy.deepcopy(REPORT)
+    for step in report["steps"]:
+        del step["latency_ms"]
+    text = page(report)
+    assert len(bars(text)) == 5  # the sizes
+    assert text.count("<circle") == 5
+    for step in report["steps"]:
+        for key in ("metric", "bytes", "bytes_packed", "params", "macs"):
+            step.pop(key, None)
+    text = page(report)
+    assert bars(text) == [] and "<circle" not in text
+    assert "What each step cost or brought was not measured" in text
+    shown = Read(text).visible
+    assert all(step["step"] in shown for step in report["steps"])
+    assert shown.count("not measured") < Read(page(REPORT)).visible.count("not measured")
+    names = [str(column.header) for column in steps_of(report).columns]
+    assert names == ["step", "took"]
+    assert steps_of(report).row_count == len(report["steps"])
+
+
+def steps_of(report: dict[str, Any]) -> Table:
+    """What the terminal says of the steps."""
+    found = [each for each in tables(report) if isinstance(each, Table)]
+    return next(each for each in found if each.title == "After each step")
 
 
 def test_a_bare_report_claims_nothing() -> None:

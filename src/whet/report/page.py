@@ -20,6 +20,7 @@ from whet.report.table import (
     count,
     dig,
     figure,
+    followed,
     gate_facts,
     gate_state,
     goal_state,
@@ -321,11 +322,15 @@ def _steps(report: Report) -> str:
         ("Latency", "", "latency_ms", _columns, milliseconds),
         ("Deployable size", "", "bytes", _columns, size),
     )
-    charts = (
+    charts = [
         f"<h3>{_safe(title)} <small>{hint}</small></h3>\n"
         f"{_svg(title, draw([number(step.get(key)) for step in found], words))}"
         for title, hint, key, draw, words in panels
-    )
+        if followed(report, key)
+    ]
+    if not charts:
+        lead = "What each step cost or brought was not measured: only the result was."
+        return _none(lead) + _step_table(report)
     names = "".join(f"<span>{_breakable(step_name(step))}</span>" for step in found)
     return (
         f'<div class="card"><div class="chart" tabindex="0">'
@@ -397,15 +402,22 @@ def _columns(values: Sequence[float | None], words: Words) -> Iterable[str]:
 
 
 def _step_table(report: Report) -> str:
-    extra = overheads(report)
-    metric = metric_words(report)
-    costs = (("bytes", size), ("bytes_packed", size), ("params", count), ("macs", count))
-    sizes = "size", "packed", "params", "MACs"
-    heads = "Step", f"{metric_name(report)} (val)", "latency", *sizes, "took", *extra
+    columns = [
+        (f"{metric_name(report)} (val)", "metric", metric_words(report)),
+        ("latency", "latency_ms", milliseconds),
+        ("size", "bytes", size),
+        ("packed", "bytes_packed", size),
+        ("params", "params", count),
+        ("MACs", "macs", count),
+    ]
+    columns = [each for each in columns if followed(report, each[1])]
+    extra = overheads(report) if columns else ()
+    heads = ["Step", *(head for head, *_ in columns), "took", *extra]
     rows = []
     for place, step in enumerate(steps(report)):
-        cells = [metric(step.get("metric")), milliseconds(step.get("latency_ms"))]
-        cells += [words(step.get(key)) for key, words in costs]
+        if not (place or columns):
+            continue  # nothing is said of the original
+        cells = [words(step.get(key)) for _, key, words in columns]
         spent = [step.get("seconds"), *(dig(step, "overhead_seconds", name) for name in extra)]
         timed = [_shown(seconds(each)) if place else "" for each in spent]
         rows.append(_row([_step_name(step), *map(_shown, cells), *timed]))

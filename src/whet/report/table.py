@@ -389,16 +389,24 @@ def _comparison_table(report: Report) -> Table:
 
 
 def _step_table(report: Report) -> Table:
-    names = "step", f"{metric_name(report)} (val)", "latency", "size", "took", "overhead"
-    table = _table("After each step", *names)
+    metric = f"{metric_name(report)} (val)", "metric", metric_words(report)
+    costs = ("latency", "latency_ms", milliseconds), ("size", "bytes", size)
+    columns = [each for each in (metric, *costs) if followed(report, each[1])]
+    spent = ("overhead",) if columns else ()  # of measuring
+    table = _table("After each step", "step", *(name for name, *_ in columns), "took", *spent)
     table.columns[0].no_wrap = True
-    metric = metric_words(report)
     for place, step in enumerate(steps(report)):
-        cells = [step_name(step), metric(step.get("metric"))]
-        cells += [milliseconds(step.get("latency_ms")), size(step.get("bytes"))]
-        cells += [seconds(step.get("seconds")), seconds(_overhead(step))] if place else ["", ""]
-        table.add_row(*map(_text, cells))
+        if not (place or columns):
+            continue  # nothing is said of the original
+        cells = [step_name(step), *(words(step.get(key)) for _, key, words in columns)]
+        took = [seconds(step.get("seconds")), *(seconds(_overhead(step)) for _ in spent)]
+        table.add_row(*map(_text, cells + (took if place else [""] * len(took))))
     return table
+
+
+def followed(report: Report, key: str) -> bool:
+    """Whether a figure was measured after some step, and not of the original alone."""
+    return any(number(step.get(key)) is not None for step in steps(report)[1:])
 
 
 def step_name(step: Mapping[str, Any]) -> str:
