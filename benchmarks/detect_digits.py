@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +25,7 @@ from mnist_sparsity import HELD_OUT, images
 from torch import Tensor, nn
 
 from whet import catalog
-from whet.fit import Schedule, fit
+from whet.demo import Shifted
 from whet.measure.signature import signature
 from whet.runner import seed_all
 from whet.task import Metric, Task, evaluate
@@ -72,7 +71,7 @@ def scene(x: Tensor, y: Tensor, chance: np.random.Generator) -> tuple[Tensor, Te
     """
     image, labels = torch.zeros(SIZE, SIZE), torch.zeros(6, CELLS, CELLS)
     middles: list[tuple[float, float]] = []
-    for _ in range(6):  # scraps: an 8 x 8 corner of a digit
+    for _ in range(6):  # scraps: the middle of a digit, 8 x 8
         left, top = chance.integers(0, SIZE - 8, 2)
         scrap = x[chance.integers(len(x)), 0, 10:18, 10:18]
         image[top : top + 8, left : left + 8] = torch.maximum(
@@ -109,22 +108,6 @@ def scenes(x: Tensor, y: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]
     chance = np.random.default_rng(seed)
     found = [scene(x, y, chance) for _ in range(count)]
     return torch.stack([image for image, _ in found]), torch.stack([each for _, each in found])
-
-
-class Shuffled:
-    """Training batches in another order each time."""
-
-    def __init__(self, x: Tensor, y: Tensor, batch: int = 32) -> None:
-        self.x, self.y, self.batch = x, y, batch
-
-    def __len__(self) -> int:
-        return len(self.x) // self.batch
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.x))
-        for k in range(len(self)):
-            rows = order[k * self.batch : (k + 1) * self.batch]
-            yield self.x[rows], self.y[rows]
 
 
 def loss(outputs: Tensor, labels: Tensor) -> Tensor:
@@ -216,7 +199,7 @@ def main() -> None:
     task = Task(
         model=detector(TEACHER),
         example=(train[0][:1],),
-        train=Shuffled(*train),
+        train=Shifted(*train, most=0, batch=32),
         validation=[validation],
         test=test,
         loss=loss,
@@ -226,42 +209,32 @@ def main() -> None:
     print("| seed | | validation mAP % | test mAP % | CPU min |")
     print("|---|---|---|---|---|")
     for seed in options.seeds:
-        began = time.process_time()
-        seed_all(seed, task)
-        teacher = detector(TEACHER)
-        learn = lambda _, labels, outputs: loss(outputs, labels)  # noqa: E731
-        judge = lambda m: evaluate(m, task.validation or [], task.measure)  # noqa: E731
-        fit(
-            teacher,
-            Shuffled(*train),
-            learn,
-            Schedule(epochs=options.teacher_epochs, **TRAINED),
-            judge,
-        )
-        shown(task, teacher.eval(), f"{seed} | teacher", began)
         torch.manual_seed(seed)
-        fresh = detector(STUDENT)
+        wide, narrow = detector(TEACHER), detector(STUDENT)
+        task = replace(task, model=wide, teachers=())
+        teacher = row(task, seed, "teacher", "FineTune", {"epochs": options.teacher_epochs})
+        task = replace(task, model=narrow, teachers=(teacher,))
         for name in options.rows:
-            began = time.process_time()
-            own = replace(task, model=fresh, teachers=(teacher,))
-            seed_all(seed, own)
-            work = Work(copy.deepcopy(fresh), fresh, own)
             kind, knobs = ROWS[name]
-            training = TRAINED | {"epochs": options.epochs}
-            catalog.technique(kind, training | knobs).apply(work)
-            shown(own, work.model.eval(), f"{seed} | {name}", began)
+            row(task, seed, name, kind, {"epochs": options.epochs} | knobs)
     said = signature("torch", torch.get_num_threads(), options.seeds[0], 1, 1)
     print(f"\n{said['device']}, load {said['load']}, torch {said['versions']['torch']}")
 
 
-def shown(task: Task, model: nn.Module, row: str, began: float) -> None:
-    """Print a line of the table."""
+def row(task: Task, seed: int, name: str, kind: str, knobs: dict[str, Any]) -> nn.Module:
+    """Train the task's network, and print a line of the table."""
+    began = time.process_time()
+    seed_all(seed, task)
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    catalog.technique(kind, TRAINED | knobs).apply(work)
     minutes = (time.process_time() - began) / 60
+    model = work.model.eval()
     kept, final = (
         100 * evaluate(model, batches, task.measure) if batches else float("nan")
         for batches in (task.validation, task.test)
     )
-    print(f"| {row} | {kept:.2f} | {final:.2f} | {minutes:.1f} |", flush=True)
+    print(f"| {seed} | {name} | {kept:.2f} | {final:.2f} | {minutes:.1f} |", flush=True)
+    return model
 
 
 if __name__ == "__main__":

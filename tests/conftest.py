@@ -2,16 +2,19 @@
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from whet import fit
 from whet.errors import Refused
 from whet.graph import surgery, trace
 from whet.rungs.layers import weights
 from whet.task import Metric
 from whet.technique import Work
+from whet.testing import CLASSES, tiny_task
 
 torch.set_num_threads(1)
 
@@ -32,6 +35,22 @@ def applied(task, *techniques):
 @pytest.fixture
 def apply():
     return applied
+
+
+@pytest.fixture(scope="session")
+def detector():
+    """A trained detector and a narrow student that nothing has taught; no test changes them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        task = tiny_task("grid_cnn")
+        learn = lambda _, labels, outputs: task.loss(outputs, labels)  # noqa: E731
+        fit.fit(task.model, task.train, learn, fit.Schedule(epochs=20, lr=0.1))
+        student = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
+            nn.Conv2d(8, 5 + CLASSES, 1),
+        )
+    task.model.zero_grad()
+    return replace(task, model=student, teachers=(task.model.eval(),), validation=None)
 
 
 @pytest.fixture

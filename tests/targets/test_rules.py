@@ -217,6 +217,16 @@ def test_products_whose_sum_goes_back_to_codes_stay(behind: str):
     assert len(list(graph.of_kind("Sub"))) == 1
 
 
+def test_what_reads_a_value_reads_another_in_every_place():
+    make = onnx.helper.make_node
+    graph = graph_of([make("Add", ["x", "x"], ["t"]), make("Mul", ["t", "x"], ["y"])])
+    nodes = graph.redirect("x", "z")
+    assert [node.op_type for node in nodes] == ["Add", "Mul"]
+    assert [list(node.input) for node in nodes] == [["z", "z"], ["t", "z"]]
+    assert graph.readers("x") == []
+    assert graph.readers("z") == nodes
+
+
 class Normed(nn.Module):
     """A sum of two values and one with a constant, a LayerNorm behind each."""
 

@@ -2,18 +2,16 @@
 
 import copy
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from whet import fit
 from whet.rungs.adversary import discriminator
 from whet.rungs.teaching import Heard
 from whet.technique import Work
-from whet.techniques.distill.adversarialhint import AdversarialHint, Duel, Forgeries
-from whet.testing import CLASSES, tiny_task
+from whet.techniques.distill.adversarialhint import AdversarialHint, Duel
+from whet.testing import tiny_task
 
 
 def heard(student, teacher):
@@ -89,57 +87,43 @@ def test_the_student_leaves_the_discriminator_alone_and_is_left_alone_by_it():
 
 def test_a_map_stands_between_channels_that_differ_and_trains_along():
     own, its = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)
-    loss = Forgeries(heard(own, its), 4, 1e-3)
+    loss = AdversarialHint(width=4).between(None, heard(own, its))
     assert [tuple(p.shape) for p in loss.parameters()] == [(6, 4, 1, 1)]
     loss(heard(own, its)).backward()
-    assert bool(loss.maps[0].weight.grad.any())
-    assert not list(Forgeries(heard(its, its), 4, 1e-3).parameters())
+    assert bool(next(loss.parameters()).grad.any())
+    alike = AdversarialHint(width=4).between(None, heard(its, its))
+    assert not list(alike.parameters())
 
 
-@pytest.fixture(scope="module")
-def lesson():
-    """A trained detector and a narrow student that nothing has taught."""
-    torch.manual_seed(0)
-    task = tiny_task("grid_cnn")
-    fit.fit(
-        task.model, task.train, lambda _, y, z: task.loss(z, y), fit.Schedule(epochs=20, lr=0.1)
-    )
-    student = nn.Sequential(
-        nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
-        nn.Conv2d(8, 5 + CLASSES, 1),
-    )
-    return replace(task, model=student, teachers=(task.model.eval(),), validation=None)
-
-
-def test_features_come_to_look_like_the_teachers(apply, lesson):
+def test_features_come_to_look_like_the_teachers(apply, detector):
     """By the discriminator alone, without a label, their mean and spread come to be its."""
 
     def seen(model):
         with torch.no_grad():
-            z = torch.cat([model(x) for x, _ in lesson.test]).movedim(1, 0).flatten(1)
+            z = torch.cat([model(x) for x, _ in detector.test]).movedim(1, 0).flatten(1)
         return torch.stack([z.mean(dim=1), z.std(dim=1)])
 
-    at = {"1": str(len(lesson.teachers[0]) - 1)}  # what both give in the end
+    at = {"1": str(len(detector.teachers[0]) - 1)}  # what both give in the end
     knobs = {"epochs": 80, "lr": 0.01, "optimizer": "adamw", "labels": 0, "weight": 1}
-    taught = apply(lesson, AdversarialHint(**knobs, at=at, width=16, discriminator_lr=1e-3)).model
-    before, after, its = map(seen, (lesson.model, taught.eval(), lesson.teachers[0]))
+    taught = apply(detector, AdversarialHint(**knobs, at=at, width=16, discriminator_lr=1e-3)).model
+    before, after, its = map(seen, (detector.model, taught.eval(), detector.teachers[0]))
     assert float((after - its).square().mean()) < 0.6 * float((before - its).square().mean())
 
 
-def test_it_leaves_the_teacher_alone_and_takes_its_hooks_away(apply, lesson):
-    state = copy.deepcopy(lesson.teachers[0].state_dict())
-    model = apply(lesson, AdversarialHint(width=4)).model
-    teacher = lesson.teachers[0]
+def test_it_leaves_the_teacher_alone_and_takes_its_hooks_away(apply, detector):
+    state = copy.deepcopy(detector.teachers[0].state_dict())
+    model = apply(detector, AdversarialHint(width=4)).model
+    teacher = detector.teachers[0]
     assert all(torch.equal(v, state[k]) for k, v in teacher.state_dict().items())
     assert not any(m._forward_hooks for m in model.modules())
 
 
-def test_its_weight_counts(lesson):
-    (inputs, labels), *_ = lesson.train
+def test_its_weight_counts(detector):
+    (inputs, labels), *_ = detector.train
     found = []
     for weight in (1.0, 3.0):
         torch.manual_seed(1)
-        work = Work(copy.deepcopy(lesson.model), lesson.model, lesson)
+        work = Work(copy.deepcopy(detector.model), detector.model, detector)
         objective = AdversarialHint(labels=0, weight=weight, width=4).objective(work)
         with torch.no_grad(), objective.student:
             found.append(float(objective(inputs, labels, work.model(inputs))))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from whet.rungs.teaching import Heard
-from whet.techniques.distill.contrastive import Contrastive, Embeddings, contrast, pooled
+from whet.techniques.distill.contrastive import Contrastive, contrast, pooled
 
 
 def test_nothing_known_costs_the_logarithm_of_the_batch():
@@ -34,7 +34,7 @@ def test_features_are_averaged_over_places():
 def test_the_maps_learn_to_tell_images_apart():
     shown, wanted = {"a": torch.randn(8, 6, 2, 2)}, {"a": torch.randn(8, 9, 2, 2)}
     heard = Heard(None, None, None, shown, wanted)
-    maps = Embeddings(heard, Contrastive().width, 0.1)
+    maps = Contrastive().between(None, heard)
     optimizer = torch.optim.Adam(maps.parameters(), lr=0.01)
     for _ in range(100):
         optimizer.zero_grad()

@@ -8,7 +8,7 @@ from torch import nn
 
 from whet.rungs.teaching import Heard, regressor
 from whet.technique import Work
-from whet.techniques.distill.fitnet import FitNet, Hints, hint
+from whet.techniques.distill.fitnet import FitNet, hint
 from whet.testing import tiny_task
 
 
@@ -16,10 +16,14 @@ def heard(student, teacher):
     return Heard(None, None, None, {"a": student}, {"a": teacher})
 
 
+def hints_of(heard):
+    return FitNet().between(None, heard)
+
+
 def test_equal_features_cost_nothing_from_the_start():
     for features in (torch.randn(2, 5, 4, 4), torch.randn(2, 6, 5)):
         both = heard(features, features)
-        assert float(Hints(both)(both).detach()) < 1e-10
+        assert float(hints_of(both)(both).detach()) < 1e-10
 
 
 def test_the_hint_is_a_share_of_the_size():
@@ -28,10 +32,17 @@ def test_the_hint_is_a_share_of_the_size():
     torch.testing.assert_close(hint(30 * f_t, 10 * f_t), hint(3 * f_t, f_t))
 
 
+def test_of_several_modules_the_mean_counts():
+    shown, wanted = ({k: torch.randn(2, 3, 4, 4) for k in "ab"} for _ in range(2))
+    both = hints_of(Heard(None, None, None, shown, wanted))
+    alone = [hint(shown[k], wanted[k]) for k in "ab"]
+    torch.testing.assert_close(both(Heard(None, None, None, shown, wanted)), sum(alone) / 2)
+
+
 def test_a_linear_map_of_the_features_is_learned():
     f_s = torch.randn(4, 3, 4, 4)
     wanted = nn.Conv2d(3, 7, 1, bias=False)(f_s).detach()
-    hints = Hints(heard(f_s, wanted))
+    hints = hints_of(heard(f_s, wanted))
     optimizer = torch.optim.Adam(hints.parameters(), lr=0.05)
     first = hints(heard(f_s, wanted)).item()
     for _ in range(200):
@@ -50,7 +61,7 @@ def test_maps_fit_images_and_sequences():
 def test_larger_images_are_averaged():
     f_s, f_t = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 4, 4)
     smaller = torch.nn.functional.avg_pool2d(f_s, 2)
-    torch.testing.assert_close(Hints(heard(f_s, f_t))(heard(f_s, f_t)), hint(smaller, f_t))
+    torch.testing.assert_close(hints_of(heard(f_s, f_t))(heard(f_s, f_t)), hint(smaller, f_t))
 
 
 def test_the_maps_train_along_and_are_thrown_away():
@@ -71,6 +82,6 @@ def test_the_maps_train_along_and_are_thrown_away():
     Seen(epochs=1, lr=0.01).apply(work)
     (hints,) = made[0].modules()
     started = regressor(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2)).weight
-    moved = [not torch.equal(m.weight[:4, :4], started[: len(m.weight)]) for m in hints.maps]
+    moved = [not torch.equal(w[:4, :4], started[: len(w)]) for w in hints.parameters()]
     assert all(moved)
     assert work.model.state_dict().keys() == task.model.state_dict().keys()

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from whet import fit
 from whet.task import evaluate
 from whet.technique import Work
 from whet.techniques.distill.distill import Distill
@@ -19,7 +18,7 @@ from whet.techniques.distill.objectnessscaled import (
     objectness_scaled,
     thinned,
 )
-from whet.testing import CLASSES, tiny_task
+from whet.testing import tiny_task
 
 
 def outputs(batch=2, boxes=3, classes=4, rows=4, columns=5):
@@ -121,59 +120,49 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn():
     assert float(objectness_scaled(seen, seen, 1)) == 0
 
 
-@pytest.fixture(scope="module")
-def lesson():
-    """A trained detector and a narrow student that nothing has taught."""
-    torch.manual_seed(0)
-    task = tiny_task("grid_cnn")
-    fit.fit(
-        task.model, task.train, lambda _, y, z: task.loss(z, y), fit.Schedule(epochs=20, lr=0.1)
-    )
-    student = nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 5 + CLASSES, 1)
-    )
-    return replace(task, model=student, teachers=(task.model.eval(),), validation=None)
-
-
-def test_the_weights_count(lesson):
-    work = Work(copy.deepcopy(lesson.model), lesson.model, lesson)
-    (inputs, labels), *_ = lesson.train
+def test_the_weights_count(detector):
+    work = Work(copy.deepcopy(detector.model), detector.model, detector)
+    (inputs, labels), *_ = detector.train
     objective = ObjectnessScaled(labels=0.5, weight=2.0).objective(work)
     with torch.no_grad():
-        z_s, z_t = work.model(inputs), lesson.teachers[0](inputs)
+        z_s, z_t = work.model(inputs), detector.teachers[0](inputs)
         got = objective(inputs, labels, z_s)
     parts = (Detections.read(z, 1) for z in (z_s, z_t))
-    expected = 0.5 * lesson.loss(z_s, labels) + 2 * objectness_scaled(*parts, 3)
+    expected = 0.5 * detector.loss(z_s, labels) + 2 * objectness_scaled(*parts, 3)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
 
 
-def test_it_comes_nearer_to_its_teacher_than_by_labels(apply, lesson):
+def test_it_comes_nearer_to_its_teacher_than_by_labels(apply, detector):
     knobs = {"epochs": 6, "lr": 0.02}
-    taught = apply(lesson, ObjectnessScaled(**knobs, labels=1.0, weight=0.1)).model
-    plain = apply(lesson, FineTune(**knobs)).model
+    taught = apply(detector, ObjectnessScaled(**knobs, labels=1.0, weight=0.1)).model
+    plain = apply(detector, FineTune(**knobs)).model
 
     def apart(model):
         with torch.no_grad():
             seen = [
-                tuple(Detections.read(m.eval()(x), 1) for m in (model, lesson.teachers[0]))
-                for x, _ in lesson.test
+                tuple(Detections.read(m.eval()(x), 1) for m in (model, detector.teachers[0]))
+                for x, _ in detector.test
             ]
         return sum(float(objectness_scaled(own, its, 3)) for own, its in seen)
 
     assert apart(taught) < 0.8 * apart(plain)
-    assert evaluate(taught, lesson.test, lesson.measure) > 0.7
+    assert evaluate(taught, detector.test, detector.measure) > 0.7
 
 
-def test_what_are_no_boxes_is_refused(refuses, lesson):
+def test_what_are_no_boxes_is_refused(refuses, detector):
     text = "no map of 1 boxes a cell, each of 5 channels and its classes"
     for name in ("plain_cnn", "rnn", "transformer", "dense_cnn"):
         refuses(tiny_task(name), ObjectnessScaled(), text)
-    refuses(lesson, ObjectnessScaled(boxes=2), "its outputs, 9 x 4 x 4, are no map of 2 boxes")
-    refuses(lesson, ObjectnessScaled(neighbourhood=4), "a neighbourhood of 4 cells has no middle")
+    refuses(detector, ObjectnessScaled(boxes=2), "its outputs, 9 x 4 x 4, are no map of 2 boxes")
+    refuses(
+        detector,
+        ObjectnessScaled(neighbourhood=4),
+        "a neighbourhood of 4 cells has no middle",
+    )
     wide = nn.Conv2d(3, 10, 2, 2)
     text = "the student's outputs are 9 x 4 x 4, the teacher's 10 x 4 x 4"
-    refuses(replace(lesson, teachers=(wide,)), ObjectnessScaled(), text)
+    refuses(replace(detector, teachers=(wide,)), ObjectnessScaled(), text)
 
 
-def test_losses_between_scores_refuse_boxes(refuses, lesson):
-    refuses(lesson, Distill(), "the task has a loss of its own")
+def test_losses_between_scores_refuse_boxes(refuses, detector):
+    refuses(detector, Distill(), "the task has a loss of its own")

@@ -26,8 +26,6 @@ from whet.techniques.distill.structuredsegmentation import (
 )
 from whet.testing import tiny_task
 
-BETAS = (0.5, 0.9)
-
 
 def maps(batch=3, classes=4, height=4, width=6):
     return torch.randn(batch, classes, height, width)
@@ -78,7 +76,7 @@ def test_maps_of_other_sizes_are_paired_on_one_grid():
 
 def test_as_a_whole_equal_maps_are_no_distance_apart():
     q, x = maps().softmax(dim=1), torch.randn(3, 2, 4, 6)
-    judge = Judge(discriminator(6, 4), 1e-2, BETAS)
+    judge = Judge(discriminator(6, 4), 1e-2)
     for _ in range(5):
         assert float(judge(q, q, x)) == 0
 
@@ -100,7 +98,7 @@ def test_the_slope_is_held_to_one_between_the_two_maps():
 
 def test_the_discriminator_learns_to_tell_the_maps_apart_by_the_image():
     """The maps alone are equal in law: only beside the image do they differ."""
-    judge, told = Judge(discriminator(3, 8), 5e-3, BETAS), []
+    judge, told = Judge(discriminator(3, 8), 5e-3), []
     for _ in range(100):
         x = torch.randint(0, 2, (32, 1, 1, 1)).float().expand(-1, 1, 4, 4)
         right = torch.cat([x, 1 - x], 1)
@@ -111,7 +109,7 @@ def test_the_discriminator_learns_to_tell_the_maps_apart_by_the_image():
 
 
 def test_the_student_goes_against_the_discriminator_and_leaves_it_alone():
-    judge = Judge(discriminator(6, 4), 1e-3, BETAS)
+    judge = Judge(discriminator(6, 4), 1e-3)
     q_t, x = maps().softmax(dim=1), torch.randn(3, 2, 4, 6)
     q_s = maps().softmax(dim=1).requires_grad_()
     before = copy.deepcopy(judge.D.state_dict())
@@ -128,7 +126,7 @@ def test_the_student_goes_against_the_discriminator_and_leaves_it_alone():
 
 
 def test_images_are_brought_to_the_size_of_the_maps():
-    judge = Judge(discriminator(6, 4), 1e-3, BETAS)
+    judge = Judge(discriminator(6, 4), 1e-3)
     z = maps().softmax(dim=1)
     assert judge(z, z.flip(0), torch.randn(3, 2, 9, 13)).shape == ()
 
@@ -246,7 +244,11 @@ def test_of_no_weight_there_is_no_discriminator(lesson, monkeypatch):
 
 def test_it_stands_beside_another_loss_between_features(apply, lesson):
     beside = (StructuredSegmentation(width=4, at={"0": str(len(lesson.teachers[0]) - 2)}),)
-    apply(lesson, AttentionTransfer(at={"0": "2"}, beside=beside))
+    knobs = {"epochs": 1, "lr": 0.02, "at": {"0": "2"}}
+    both, one = (
+        apply(lesson, AttentionTransfer(**knobs, beside=each)).model for each in (beside, ())
+    )
+    assert not torch.equal(both[0][0].weight, one[0][0].weight)
 
 
 class Two(nn.Module):
@@ -297,4 +299,5 @@ def test_without_one_image_there_is_no_discriminator(apply, refuses, lesson):
     task = replace(lesson, model=Two(), example=(x, x), train=batches, teachers=())
     text = "the network does not read one batch of images, which the discriminator would see"
     refuses(task, StructuredSegmentation(), text)
-    apply(task, StructuredSegmentation(holistic=0))
+    taught = apply(task, StructuredSegmentation(holistic=0)).model
+    assert not torch.equal(taught.head.weight, task.model.head.weight)

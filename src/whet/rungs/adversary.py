@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +23,17 @@ class Adversary:
 
     Args:
         D: the network.
-        lr: of D, by Adam; likewise `betas`.
+        lr: of D, by Adam.
+
+    Class attributes:
+        betas: of Adam.
     """
 
-    def __init__(self, D: nn.Module, lr: float, betas: tuple[float, float]) -> None:
+    betas: ClassVar[tuple[float, float]]
+
+    def __init__(self, D: nn.Module, lr: float) -> None:
         self.D = D
-        self.optimizer = torch.optim.Adam(D.parameters(), lr=lr, betas=betas)
+        self.optimizer = torch.optim.Adam(D.parameters(), lr=lr, betas=self.betas)
 
     def learn(self, loss: Callable[[], Tensor], device: torch.device) -> None:
         """One step of min_D loss, where gradients are wanted; what follows leaves D as it is."""

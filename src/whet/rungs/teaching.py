@@ -171,7 +171,7 @@ def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 class TapTechnique(DistillTechnique):
-    """A rung: a loss between the outputs of modules, with weights of its own to train."""
+    """A rung: a loss between the outputs of modules."""
 
     at: Annotated[
         dict[str, str],
@@ -207,7 +207,7 @@ class TapTechnique(DistillTechnique):
 
 
 class FeatureTechnique(TapTechnique):
-    """A rung: a loss between the outputs of modules, the mean over those compared."""
+    """A rung: such a loss, the mean over the modules compared."""
 
     @abstractmethod
     def loss(self, student: Tensor, teacher: Tensor) -> Tensor:
@@ -219,6 +219,34 @@ class FeatureTechnique(TapTechnique):
     def mean(self, heard: Heard) -> Tensor:
         """The mean of the losses of all modules compared."""
         return torch.stack([self.loss(f, heard.wanted[at]) for at, f in heard.shown.items()]).mean()
+
+
+class LearnedLossTechnique(TapTechnique):
+    """A rung: such a loss with weights of its own, which train along and are thrown away."""
+
+    @abstractmethod
+    def pair(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        """(F_s, F_t) -> 0-d, for features like these, [batch, channels, ...]."""
+
+    def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
+        return Pairs({path: self.pair(f, heard.wanted[path]) for path, f in heard.shown.items()})
+
+
+class Pairs(nn.Module):
+    """The mean of losses that train, each between the outputs of one module and the teacher's.
+
+    Args:
+        losses: (F_s, F_t) -> 0-d, by the student's module.
+    """
+
+    def __init__(self, losses: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.paths, self.losses = list(losses), nn.ModuleList(losses.values())
+
+    def forward(self, heard: Heard) -> Tensor:
+        pairs = zip(self.paths, self.losses, strict=True)
+        found = [loss(heard.shown[path], heard.wanted[path]) for path, loss in pairs]
+        return torch.stack(found).mean()
 
 
 def same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -244,6 +272,21 @@ def regressor(student: Tensor, teacher: Tensor) -> nn.Module:
 def is_map(value: Any) -> TypeGuard[Tensor]:
     """Whether it is real numbers, [batch, channels, height, width]."""
     return torch.is_tensor(value) and value.ndim == 4 and value.is_floating_point()
+
+
+def must_be_maps(asked: str, heard: Heard, todo: str) -> None:
+    """Refuse `asked` where what is compared are no maps of features."""
+    for path, f in heard.shown.items():
+        if not (is_map(f) and is_map(heard.wanted[path])):
+            found = f"{path!r} or what it is compared with gives no map of features"
+            raise Refused(asked, found, todo)
+
+
+def must_match(asked: str, what: str, student: Tensor, teacher: Tensor, todo: str) -> None:
+    """Refuse `asked` where `what` the student gives is of another shape than the teacher's."""
+    if student.shape != teacher.shape:
+        own, its = (" x ".join(map(str, z.shape[1:])) for z in (student, teacher))
+        raise Refused(asked, f"the student's {what} are {own}, the teacher's {its}", todo)
 
 
 class Part(NamedTuple):

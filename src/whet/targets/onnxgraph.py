@@ -90,6 +90,14 @@ class OnnxGraph:
         for each in {old, name} & set(node.input):
             self.read[each] = [n for n in self.read.get(each, []) if n is not node] + [node]
 
+    def redirect(self, old: str, new: str) -> list[NodeProto]:
+        """Let whatever reads the value `old` read `new`; gives these nodes."""
+        nodes = list(self.readers(old))
+        for node in nodes:
+            for position in [k for k, name in enumerate(node.input) if name == old]:
+                self.reads_instead(node, position, new)
+        return nodes
+
     def of_kind(self, *kinds: str) -> Iterator[NodeProto]:
         """The nodes of these kinds, as they stand now."""
         return iter([node for node in self.nodes.values() if node.op_type in kinds])
@@ -113,10 +121,8 @@ class OnnxGraph:
             if found is None:
                 continue
             self.arrays[name] = self.arrays.pop(found)
-            for node in list(self.readers(found)):
-                for position in [k for k, each in enumerate(node.input) if each == found]:
-                    self.reads_instead(node, position, name)
-                    self.places[id(node)] = name.rpartition(".")[0]
+            for node in self.redirect(found, name):
+                self.places[id(node)] = name.rpartition(".")[0]
 
     def _sorted(self) -> list[NodeProto]:
         """The nodes, each behind those that make what it reads, near to where they stood."""
@@ -177,9 +183,8 @@ class OnnxGraph:
             if array.size > 1:
                 continue
             same = first.setdefault((str(array.dtype), array.shape, array.tobytes()), name)
-            for node in self.readers(name) if same != name else []:
-                for position in [k for k, each in enumerate(node.input) if each == name]:
-                    self.reads_instead(node, position, same)
+            if same != name:
+                self.redirect(name, same)
 
 
 def history(node: NodeProto) -> str:

@@ -94,9 +94,7 @@ def keep_grids(graph: OnnxGraph) -> None:
         back, grid = list(graph.readers(to.output[0])), _grid(graph, to)
         if grid is not None and all(_grid(graph, each) == grid for each in (source, *back)):
             for each in back:
-                for node in list(graph.readers(each.output[0])):
-                    for position in [k for k, n in enumerate(node.input) if n == each.output[0]]:
-                        graph.reads_instead(node, position, to.input[0])
+                graph.redirect(each.output[0], to.input[0])
                 graph.drop_unread(each)
             graph.drop_unread(to)
 

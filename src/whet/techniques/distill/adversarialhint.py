@@ -23,18 +23,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.errors import Refused
 from whet.rungs.adversary import Adversary, discriminator
-from whet.rungs.teaching import Heard, TapTechnique, is_map, regressor, same_size
+from whet.rungs.teaching import (
+    Heard,
+    LearnedLossTechnique,
+    must_be_maps,
+    regressor,
+    same_size,
+)
 from whet.technique import Work
 
 
-class AdversarialHint(TapTechnique):
+class AdversarialHint(LearnedLossTechnique):
     """Learn features that a discriminator takes for the teacher's."""
 
     tiny: ClassVar[dict[str, Any]] = {"width": 8}
@@ -45,49 +49,33 @@ class AdversarialHint(TapTechnique):
     discriminator_lr: Annotated[float, Field(gt=0, le=10, description="of D, Adam")] = 2e-4
 
     def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
-        for path, f in heard.shown.items():
-            if not (is_map(f) and is_map(heard.wanted[path])):
-                raise Refused(
-                    self.name,
-                    f"{path!r} or what it is compared with gives no map of features",
-                    "Name other modules: at. Or use FitNet.",
-                )
-        return Forgeries(heard, self.width, self.discriminator_lr)
+        must_be_maps(self.name, heard, "Name other modules: at. Or use FitNet.")
+        return super().between(work, heard)
 
-
-class Forgeries(nn.Module):
-    """The mean loss of all modules compared.
-
-    Args:
-        heard: what both show of one batch; maps and discriminators take their widths from it.
-        width: of the discriminators.
-        lr: likewise.
-    """
-
-    def __init__(self, heard: Heard, width: int, lr: float) -> None:
-        super().__init__()
-        self.paths = list(heard.shown)
-        pairs = [(heard.shown[path], heard.wanted[path]) for path in self.paths]
-        self.maps = nn.ModuleList(
-            nn.Identity() if own.shape[1] == its.shape[1] else regressor(own, its)
-            for own, its in pairs
+    def pair(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        alike = student.shape[1] == teacher.shape[1]
+        D = discriminator(teacher.shape[1], self.width)
+        return Forgery(
+            nn.Identity() if alike else regressor(student, teacher), Duel(D, self.discriminator_lr)
         )
-        # no modules of this one: they learn against it
-        self.duels = [Duel(discriminator(its.shape[1], width), lr) for _, its in pairs]
 
-    def forward(self, heard: Heard) -> Tensor:
-        losses = []
-        for path, regress, duel in zip(self.paths, self.maps, self.duels, strict=True):
-            student, teacher = same_size(heard.shown[path], heard.wanted[path])
-            losses.append(duel(regress(student), teacher))
-        return torch.stack(losses).mean()
+
+class Forgery(nn.Module):
+    """The loss through a map, which trains along; its opponent is no module of this one."""
+
+    def __init__(self, regress: nn.Module, duel: Duel) -> None:
+        super().__init__()
+        self.regress, self.duel = regress, duel
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = same_size(student, teacher)
+        return self.duel(self.regress(student), teacher)
 
 
 class Duel(Adversary):
     """-log D(F_s), D: [batch, channels, height, width] -> the logit of being the teacher's."""
 
-    def __init__(self, D: nn.Module, lr: float) -> None:
-        super().__init__(D, lr, betas=(0.5, 0.999))
+    betas: ClassVar[tuple[float, float]] = (0.5, 0.999)
 
     def __call__(self, F_s: Tensor, F_t: Tensor) -> Tensor:
         self.learn(lambda: self.told_apart(F_s.detach(), F_t), F_s.device)

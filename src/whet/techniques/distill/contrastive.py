@@ -15,7 +15,6 @@ Departure: the others are those of the batch, not of a memory of the whole data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated
 
 import torch
@@ -23,38 +22,30 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.rungs.teaching import Heard, TapTechnique
-from whet.technique import Work
+from whet.rungs.teaching import LearnedLossTechnique
 
 
-class Contrastive(TapTechnique):
+class Contrastive(LearnedLossTechnique):
     """Tell the teacher's features of the same image from those of others."""
 
     weight: Annotated[float, Field(ge=0, le=1e6, description="weight of this loss")] = 0.8
     width: Annotated[int, Field(ge=1, description="numbers of an embedding")] = 128
     temperature: Annotated[float, Field(gt=0, le=10, description="tau")] = 0.1
 
-    def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
-        return Embeddings(heard, self.width, self.temperature)
+    def pair(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        return Embeddings(student, teacher, self.width, self.temperature)
 
 
 class Embeddings(nn.Module):
-    """The mean contrast of all modules compared, each with two maps of its own."""
+    """The contrast of features like these, through two maps."""
 
-    def __init__(self, heard: Heard, width: int, temperature: float) -> None:
+    def __init__(self, student: Tensor, teacher: Tensor, width: int, temperature: float) -> None:
         super().__init__()
-        self.paths, self.temperature = list(heard.shown), temperature
-        self.own, self.its = (
-            nn.ModuleList(nn.Linear(pooled(by[path]).shape[1], width) for path in self.paths)
-            for by in (heard.shown, heard.wanted)
-        )
+        self.own, self.its = (nn.Linear(pooled(f).shape[1], width) for f in (student, teacher))
+        self.temperature = temperature
 
-    def forward(self, heard: Heard) -> Tensor:
-        losses = []
-        for path, own, its in zip(self.paths, self.own, self.its, strict=True):
-            u, v = own(pooled(heard.shown[path])), its(pooled(heard.wanted[path]))
-            losses.append(contrast(u, v, self.temperature))
-        return torch.stack(losses).mean()
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return contrast(self.own(pooled(student)), self.its(pooled(teacher)), self.temperature)
 
 
 def pooled(features: Tensor) -> Tensor:

@@ -17,42 +17,28 @@ Departures: the hint is learned beside the task, not in a stage before it. The e
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 from torch import Tensor, nn
 
-from whet.rungs.teaching import Heard, TapTechnique, regressor, same_size
-from whet.technique import Work
+from whet.rungs.teaching import LearnedLossTechnique, regressor, same_size
 
 
-class FitNet(TapTechnique):
+class FitNet(LearnedLossTechnique):
     """Hints through a learned map."""
 
-    def between(self, work: Work, heard: Heard) -> Callable[[Heard], Tensor]:
-        return Hints(heard)
+    def pair(self, student: Tensor, teacher: Tensor) -> nn.Module:
+        return Hint(regressor(student, teacher))
 
 
-class Hints(nn.Module):
-    """The mean hint of all modules compared, each with a map of its own.
+class Hint(nn.Module):
+    """The hint through a map."""
 
-    Args:
-        heard: what both show of one batch; the maps take their widths from it.
-    """
-
-    def __init__(self, heard: Heard) -> None:
+    def __init__(self, regress: nn.Module) -> None:
         super().__init__()
-        self.paths = list(heard.shown)
-        self.maps = nn.ModuleList(
-            regressor(heard.shown[path], heard.wanted[path]) for path in self.paths
-        )
+        self.regress = regress
 
-    def forward(self, heard: Heard) -> Tensor:
-        losses = []
-        for path, regress in zip(self.paths, self.maps, strict=True):
-            student, teacher = same_size(heard.shown[path], heard.wanted[path])
-            losses.append(hint(regress(student), teacher))
-        return torch.stack(losses).mean()
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        student, teacher = same_size(student, teacher)
+        return hint(self.regress(student), teacher)
 
 
 def hint(student: Tensor, teacher: Tensor) -> Tensor:

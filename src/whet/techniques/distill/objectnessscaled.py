@@ -32,7 +32,7 @@ from pydantic import Field
 from torch import Tensor
 
 from whet.errors import Refused
-from whet.rungs.teaching import DistillTechnique, Heard, is_map
+from whet.rungs.teaching import DistillTechnique, Heard, is_map, must_match
 from whet.technique import Work
 
 BOX = 5  # x, y, log w, log h, objectness
@@ -73,13 +73,8 @@ class ObjectnessScaled(DistillTechnique):
                     f"{BOX} channels and its classes",
                     "Say how many boxes a cell has: boxes. Or use FineTune, or Distill.",
                 )
-        if heard.student.shape != heard.teacher.shape:
-            own, its = (" x ".join(map(str, z.shape[1:])) for z in (heard.student, heard.teacher))
-            raise Refused(
-                self.name,
-                f"the student's outputs are {own}, the teacher's {its}",
-                "Give them the same cells, boxes and classes.",
-            )
+        todo = "Give them the same cells, boxes and classes."
+        must_match(self.name, "outputs", heard.student, heard.teacher, todo)
 
 
 class Detections(NamedTuple):

@@ -35,7 +35,14 @@ from torch import Tensor, nn
 from whet.errors import Refused
 from whet.graph.trace import baked
 from whet.rungs.adversary import Adversary, discriminator
-from whet.rungs.teaching import FeatureTechnique, Heard, divergence, is_map
+from whet.rungs.teaching import (
+    FeatureTechnique,
+    Heard,
+    divergence,
+    is_map,
+    must_be_maps,
+    must_match,
+)
 from whet.task import as_arguments
 from whet.technique import Work
 
@@ -76,8 +83,7 @@ class StructuredSegmentation(FeatureTechnique):
         judge = None
         if self.holistic:
             seen = heard.student.shape[1] + as_arguments(heard.inputs)[0].shape[1]
-            D = discriminator(seen, self.width)
-            judge = Judge(D, self.discriminator_lr, betas=(0.5, 0.9))
+            judge = Judge(discriminator(seen, self.width), self.discriminator_lr)
         return partial(self.total, judge)
 
     def total(self, judge: Judge | None, heard: Heard) -> Tensor:
@@ -99,26 +105,15 @@ class StructuredSegmentation(FeatureTechnique):
                     f"{whose} outputs are no class maps [batch, classes, height, width]",
                     "Use Distill, or a loss between features such as FitNet.",
                 )
-        if heard.student.shape != heard.teacher.shape:
-            own, its = (" x ".join(map(str, z.shape[1:])) for z in (heard.student, heard.teacher))
-            raise Refused(
-                self.name,
-                f"the student's class maps are {own}, the teacher's {its}",
-                "Give them the same classes, heights and widths.",
-            )
+        todo = "Give them the same classes, heights and widths."
+        must_match(self.name, "class maps", heard.student, heard.teacher, todo)
         if self.pair and not heard.shown:
             raise Refused(
                 self.name,
                 "no module in front of the class maps gives a map of features",
                 "Name the modules whose places are paired: at. Or set pair: 0.",
             )
-        for path, f in heard.shown.items():
-            if not (is_map(f) and is_map(heard.wanted[path])):
-                raise Refused(
-                    self.name,
-                    f"{path!r} or what it is compared with gives no map of features",
-                    "Name other modules: at. Or set pair: 0.",
-                )
+        must_be_maps(self.name, heard, "Name other modules: at. Or set pair: 0.")
         inputs = as_arguments(heard.inputs)
         if self.holistic and not (len(inputs) == 1 and is_map(inputs[0])):
             raise Refused(
@@ -175,6 +170,8 @@ def steepness(D: nn.Module, q_s: Tensor, q_t: Tensor, x: Tensor) -> Tensor:
 
 class Judge(Adversary):
     """L_ho; its D: [batch, classes + channels of the image, height, width] -> [batch, 1]."""
+
+    betas: ClassVar[tuple[float, float]] = (0.5, 0.9)
 
     def __call__(self, q_s: Tensor, q_t: Tensor, x: Tensor) -> Tensor:
         x = F.adaptive_avg_pool2d(x, (q_s.shape[2], q_s.shape[3]))
