@@ -91,8 +91,8 @@ class OnnxGraph:
             self.read[each] = [n for n in self.read.get(each, []) if n is not node] + [node]
 
     def redirect(self, old: str, new: str) -> list[NodeProto]:
-        """Let whatever reads the value `old` read `new`; gives these nodes."""
-        nodes = list(self.readers(old))
+        """Let whatever reads the value `old` read `new`; gives these nodes, each once."""
+        nodes = list({id(node): node for node in self.readers(old)}.values())
         for node in nodes:
             for position in [k for k, name in enumerate(node.input) if name == old]:
                 self.reads_instead(node, position, new)
