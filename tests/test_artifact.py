@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from whet import artifact, container, packed
+from whet.codecs import text
 from whet.codecs.words import WORDS
 from whet.container import HEAD, MAGIC, Opened, deflated
 from whet.errors import BadInput, Damaged, Refused, WhetError
@@ -149,12 +150,12 @@ def apart(header: dict[str, Any], tensors: dict[str, np.ndarray]) -> bytes:
 
 def sealed(header: Any, body: bytes, **head: Any) -> bytes:
     """A file whose checksums are right, whatever the header says."""
-    text = header if isinstance(header, bytes) else deflated(json.dumps(header).encode())
+    plain = header if isinstance(header, bytes) else deflated(json.dumps(header).encode())
     start = HEAD.pack(
-        head.get("magic", MAGIC), head.get("version", 2), head.get("reserved", 0),
-        head.get("length", len(text)),
+        head.get("magic", MAGIC), head.get("version", 2), head.get("coding", 0),
+        head.get("length", len(plain)),
     )  # fmt: skip
-    data = start + text + body
+    data = start + plain + body
     return data + hashlib.sha256(data).digest()
 
 
@@ -198,15 +199,24 @@ def test_every_truncation_and_anything_behind_the_end_is_refused():
 def test_head_that_lies():
     header, body = opened(DATA)
     refuses(sealed(header, body, magic=b"\x89PNG\r\n\x1a\n"), "does not begin as a model.whet does")
-    refuses(sealed(header, body, version=3), r"of version 3\. This whet reads version 2: upgrade")
+    refuses(sealed(header, body, version=3), "of version 3,.*This whet reads version 2, .*upgrade")
     refuses(sealed(header, body, version=1), "of version 1")
-    refuses(sealed(header, body, reserved=1), "of version")
+    refuses(sealed(header, body, coding=2), "of version 2, its header of coding 2")
+    refuses(sealed(header, body, coding=1), "decode a header: it claims")
+    guessed = text.encode(json.dumps(header).encode())
+    assert guessed is not None
+    assert torch.equal(artifact.decode(sealed(guessed, body, coding=1))(*EXAMPLE), MODEL(*EXAMPLE))
+    refuses(sealed(guessed, body), "header is cut|cannot be read")
+    refuses(sealed(guessed[:9], body, coding=1), "header|guesses more")
+    refuses(sealed(guessed + b"more", body, coding=1), "do not end where its text does")
+    for words in (b"[]", b"{}", b"", b"{'tensors': []}"):
+        refuses(sealed(text.encode(words) or b"", body, coding=1), "header cannot be read|lacks a")
     refuses(sealed(header, body, length=2**32 - 1), "claims 4294967295 bytes, more than there are")
     refuses(sealed(header, body, length=10), "header is cut|cannot be read")
     refuses(sealed(header, body, length=0), "header is cut|cannot be read")
-    text = deflated(json.dumps(header).encode())
-    refuses(sealed(text + b"more", body), "bytes stand behind its header")
-    refuses(sealed(text[:-9], b""), "header is cut|cannot be read")
+    plain = deflated(json.dumps(header).encode())
+    refuses(sealed(plain + b"more", body), "bytes stand behind its header")
+    refuses(sealed(plain[:-9], b""), "header is cut|cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -398,6 +408,12 @@ EDITS: list[tuple[str, str, Any]] = [
     *[("take", "last.weight", {"dim": 0, "runs": runs}) for runs in (
         [0], [0, 2**60], [0, 0], [0, -1], [2**60, 1], [-2, 1], [0, 1.0], ["0", 1], [0, True], "all",
         5, None, [0, 1, 0, 1, 0, 1],
+    )],
+    *[("take", "last.weight", {"dim": 0, "count": count}) for count in (
+        0, -1, 2**60, 1.0, True, "all", None, [1],
+    )],
+    *[("take", "last.weight", {"dim": 0, "count": 2, "groups": groups}) for groups in (
+        0, -2, 3, 1.0, "all",
     )],
     ("take", "last.weight", []),
     ("exec", "last", LINEAR),

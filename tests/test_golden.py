@@ -16,7 +16,7 @@ from golden.networks import Conv, Normed, Row
 from whet import artifact, container, packed
 from whet.codecs.choice import CODECS
 from whet.codecs.raw import DTYPES
-from whet.container import SAME_BITS, Opened
+from whet.container import DEFLATED, GUESSED, HEAD, SAME_BITS, Opened
 from whet.graph.ledger import ledger
 from whet.packed.stored import FORMS
 
@@ -26,6 +26,7 @@ FRESH = {
     "floats": Conv,
     "cut": Conv,
     "runs": Conv,
+    "counts": Conv,
     "forms": lambda: Row(6, 8),
     "entropy": lambda: Row(1, 40),
     "contexts": lambda: Row(1, 40),
@@ -88,6 +89,7 @@ def test_every_codec_form_and_type_has_a_file():
                 kind.__name__ for *_, form in packed.forms(model) for kind in packed.kinds(form)
             }
     assert codecs == set(CODECS)
+    assert {HEAD.unpack_from(golden(name)[0])[2] for name in NAMES} == {DEFLATED, GUESSED}
     assert kinds == set(FORMS)
     assert types >= {*SAME_BITS, *DTYPES}
 

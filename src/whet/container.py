@@ -4,9 +4,9 @@ Layout, all integers little-endian:
 
     8 bytes   magic  89 "WHET" 0D 0A 1A
     2 bytes   version
-    2 bytes   reserved, zero
+    2 bytes   how the header is coded
     4 bytes   length of the header
-    n bytes   the header: JSON, deflated with the dictionary `WORDS`
+    n bytes   the header: JSON, deflated with the dictionary `WORDS` (0) or by `codecs.text` (1)
     ...       the sections, one behind the other: CRC-32 of the bytes that follow, and these
     32 bytes  SHA-256 of everything before
 
@@ -37,13 +37,15 @@ import torch
 from torch import Tensor
 
 from whet.codecs import raw
-from whet.codecs.choice import CODECS, decoded, smallest
+from whet.codecs import text as guess
+from whet.codecs.choice import CODECS, decoded, smallest, thorough
 from whet.codecs.words import WORDS
 from whet.errors import BadInput, Damaged
 
 Codec = Callable[[np.ndarray, int], tuple[str, bytes]]
 MAGIC = b"\x89WHET\r\n\x1a"
 VERSION = 2
+DEFLATED, GUESSED = 0, 1  # how a header is coded
 HEAD = struct.Struct("<8sHHI")
 CRC = struct.Struct("<I")
 MOST_HEADER = 64 * 2**20
@@ -144,10 +146,11 @@ def write(
             kind, blob = codec(np.frombuffer(b"".join(rest), np.uint8), 8)
             header["rest"] = [kind, len(blob)]
             sections.write(CRC.pack(zlib.crc32(blob)) + blob)
-        head = deflated(json.dumps(header | dict(description), separators=(",", ":")).encode())
+        text = json.dumps(header | dict(description), separators=(",", ":")).encode()
+        coding, head = _coded(text, codec)
         checksum = hashlib.sha256()
         sections.seek(0)
-        start = HEAD.pack(MAGIC, VERSION, 0, len(head)) + head
+        start = HEAD.pack(MAGIC, VERSION, coding, len(head)) + head
         for piece in (start, *iter(lambda: sections.read(IN_MEMORY), b"")):
             checksum.update(piece)
             file.write(piece)
@@ -197,6 +200,13 @@ def _array(name: str, tensor: Tensor) -> tuple[np.ndarray, str]:
     return plain.numpy(), dtype
 
 
+def _coded(text: bytes, codec: Codec) -> tuple[int, bytes]:
+    """How a header is coded, and its bytes: slowly where its tensors are."""
+    plain = deflated(text)
+    guessed = guess.encode(text) if codec is thorough else None
+    return (GUESSED, guessed) if guessed and len(guessed) < len(plain) else (DEFLATED, plain)
+
+
 def deflated(text: bytes) -> bytes:
     """The bytes of a header."""
     pack = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_DEFAULT_STRATEGY, WORDS)
@@ -217,16 +227,18 @@ class Opened:
         view = memoryview(data)
         if len(view) < HEAD.size + 32 or bytes(view[: len(MAGIC)]) != MAGIC:
             raise damaged("it does not begin as a model.whet does", "Give a file that whet wrote.")
-        _, version, reserved, length = HEAD.unpack_from(view)
-        if version != VERSION or reserved:
+        _, version, coding, length = HEAD.unpack_from(view)
+        if version != VERSION or coding not in (DEFLATED, GUESSED):
             raise damaged(
-                f"it is of version {version}", f"This whet reads version {VERSION}: upgrade it."
+                f"it is of version {version}, its header of coding {coding}",
+                f"This whet reads version {VERSION}, coding 0 and 1: upgrade it.",
             )
         if hashlib.sha256(view[:-32]).digest() != view[-32:]:
             raise damaged("its checksum does not match: it is truncated or altered")
         if length > len(view) - HEAD.size - 32:
             raise damaged(f"its header claims {length} bytes, more than there are")
-        self.description = _inflated(view[HEAD.size : HEAD.size + length])
+        head = bytes(view[HEAD.size : HEAD.size + length])
+        self.description = _described(guess.decode(head) if coding else _inflated(head))
         self.header_bytes, self.rest_bytes = length, 0
         self._body = view[HEAD.size + length : -32]
         self.entries: dict[str, Entry] = {}
@@ -323,19 +335,25 @@ def _typed(entry: Entry, array: np.ndarray) -> Tensor:
     return found.view(getattr(torch, entry.dtype)) if entry.dtype in SAME_BITS else found
 
 
-def _inflated(head: memoryview) -> dict[str, Any]:
-    """The header, at most MOST_HEADER bytes of it."""
+def _inflated(head: bytes) -> bytes:
+    """The text of a header, at most MOST_HEADER bytes of it."""
     unpack = zlib.decompressobj(-15, WORDS)
     try:
         text = unpack.decompress(head, MOST_HEADER)
-        if unpack.unconsumed_tail or not unpack.eof:
-            raise damaged(
-                f"its header is cut or larger than {MOST_HEADER} bytes", "Do not trust it."
-            )
-        if unpack.unused_data:
-            raise damaged("bytes stand behind its header", "Do not trust it.")
+    except zlib.error as error:
+        raise damaged(f"its header cannot be read ({error})") from error
+    if unpack.unconsumed_tail or not unpack.eof:
+        raise damaged(f"its header is cut or larger than {MOST_HEADER} bytes", "Do not trust it.")
+    if unpack.unused_data:
+        raise damaged("bytes stand behind its header", "Do not trust it.")
+    return text
+
+
+def _described(text: bytes) -> dict[str, Any]:
+    """What a header says."""
+    try:
         header = json.loads(text)
-    except (zlib.error, ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise damaged(f"its header cannot be read ({error})") from error
     if not isinstance(header, dict) or "tensors" not in header:
         raise damaged("its header lacks a part")

@@ -35,7 +35,8 @@ def test_taking_slices_of_a_parameter():
     assert isinstance(model[0].weight, nn.Parameter)
     assert not model[0].weight.requires_grad
     assert (model[0].in_features, model[0].out_features) == (3, 2)
-    assert ledger(model).edits[0] == Edit("take", "0.weight", {"dim": 0, "keep": [5, 0]})
+    wanted = {"dim": 0, "keep": [5, 0], "stored": True}
+    assert ledger(model).edits[0] == Edit("take", "0.weight", wanted)
 
 
 @pytest.mark.parametrize(
@@ -53,21 +54,62 @@ def test_what_is_kept_as_runs(keep, as_runs):
     assert slices(as_runs, 10) == keep
 
 
-def test_edits_are_written_as_runs_and_read_as_lists_too():
+KEEP = [*range(16, 32), *range(40, 44)]
+
+
+def test_edits_are_written_as_counts_and_read_as_runs_and_lists_too():
     model = nn.Sequential(nn.Linear(4, 60))
-    surgery.take(model, "0.weight", 0, [*range(16, 32), *range(40, 44)])
-    surgery.take(model, "0.bias", 0, [*range(16, 32), *range(40, 44)])
+    surgery.take(model, "0.weight", 0, KEEP)
+    surgery.take(model, "0.bias", 0, KEEP)
     book = ledger(model).spec()
-    assert [edit["arguments"] for edit in book["edits"]] == [{"dim": 0, "runs": [16, 16, 8, 4]}] * 2
-    assert "keep" in ledger(model).edits[0].arguments
-    lists = copy.deepcopy(book)
-    for edit in lists["edits"]:
-        edit["arguments"] = {"dim": 0, "keep": [*range(16, 32), *range(40, 44)]}
-    for each in (book, lists):
+    assert [edit["arguments"] for edit in book["edits"]] == [{"dim": 0, "count": 20}] * 2
+    assert ledger(model).edits[0].arguments["keep"] == KEEP
+    for said in ({"count": 20}, {"runs": [16, 16, 8, 4]}, {"keep": KEEP}):
+        older = copy.deepcopy(book)
+        for edit in older["edits"]:
+            edit["arguments"] = {"dim": 0} | said
         fresh = nn.Sequential(nn.Linear(4, 60))
-        surgery.replay(fresh, json.loads(json.dumps(each)))
+        surgery.replay(fresh, json.loads(json.dumps(older)))
         assert fresh[0].weight.shape == (20, 4)
-        assert ledger(fresh) == ledger(model)
+        assert fresh[0].bias.shape == (20,)
+
+
+def test_what_no_state_holds_keeps_its_slices():
+    """The file does not bring the numbers of such a buffer."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("by", torch.arange(10.0), persistent=False)
+
+    model = Scaled()
+    surgery.take(model, "by", 0, [2, 3, 9])
+    book = json.loads(json.dumps(ledger(model).spec()))
+    assert book["edits"][0]["arguments"] == {"dim": 0, "runs": [2, 2, 5, 1]}
+    fresh = Scaled()
+    surgery.replay(fresh, book)
+    assert fresh.by.tolist() == [2, 3, 9]
+
+
+def test_groups_follow_without_the_slices():
+    """Of three groups of four the last two lose half their filters, or the first is lost whole."""
+    for keep, groups in (([0, 1, 4, 5, 8, 9], 3), ([4, 5, 6, 7, 8, 9, 10, 11], 2)):
+        model, fresh = (nn.Sequential(nn.Conv2d(6, 12, 3, groups=3)) for _ in range(2))
+        surgery.take(model, "0.weight", 0, keep)
+        assert model[0].groups == groups
+        surgery.replay(fresh, json.loads(json.dumps(ledger(model).spec())))
+        assert fresh[0].groups == groups
+
+
+@pytest.mark.parametrize("groups", [0, -2, 3, 1.0, "all", True])
+def test_groups_that_cannot_be(groups):
+    edit = {
+        "kind": "take",
+        "path": "0.weight",
+        "arguments": {"dim": 0, "count": 8, "groups": groups},
+    }
+    with pytest.raises(Damaged, match="do not fall into"):
+        surgery.replay(nn.Sequential(nn.Conv2d(4, 12, 3, groups=4)), {"edits": [edit]})
 
 
 SIZES = {

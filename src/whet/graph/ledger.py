@@ -57,9 +57,9 @@ class Edit:
     """One change of the structure, replayable.
 
     Args:
-        kind: "take" (keep slices of a tensor), "replace" (put another module there), "gather" (put
-            one there that holds modules of the network) or "plain" (weights that were computed from
-            others become ordinary ones).
+        kind: "take" (keep slices of a tensor, "stored" where the state has it), "replace" (put
+            another module there), "gather" (put one there that holds modules of the network) or
+            "plain" (weights that were computed from others become ordinary ones).
         path: the tensor's or module's full name.
         arguments: what the kind needs, as JSON.
     """
@@ -83,11 +83,13 @@ class Ledger:
     shared: dict[str, list[str]] | None = field(default=None, compare=False)
 
     def spec(self) -> dict[str, Any]:
-        """The ledger as JSON; what edits keep stands there as runs, which take fewer bytes."""
+        """The ledger as JSON: how many slices edits keep, where the numbers are stored as well."""
         found = {name: each for name, each in asdict(self).items() if name != "shared"}
         for edit in found["edits"]:
-            if "keep" in edit["arguments"]:
-                edit["arguments"]["runs"] = runs(edit["arguments"].pop("keep"))
+            arguments = edit["arguments"]
+            if "keep" in arguments:
+                keep, stored = arguments.pop("keep"), arguments.pop("stored", False)
+                arguments |= {"count": len(keep)} if stored and keep else {"runs": runs(keep)}
         return found
 
 

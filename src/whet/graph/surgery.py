@@ -57,16 +57,26 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
     return model
 
 
-def take(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
-    """Keep the slices `keep` of dimension `dim` of the tensor `name`, and write it down."""
+def take(model: nn.Module, name: str, dim: int, keep: list[int], groups: int | None = None) -> None:
+    """Keep the slices `keep` of dimension `dim` of the tensor `name`, and write it down.
+
+    Args:
+        model: changed in place.
+        name: of the tensor.
+        dim: of it.
+        keep: which slices.
+        groups: that a convolution has behind it, if it is known; `keep` tells otherwise.
+    """
     path, leaf = split_name(name)
-    module = module_at(model, path)
-    if isinstance(module, CONVOLUTIONS) and leaf == "weight" and dim == 0:
-        # depthwise layers lose whole groups, grouped ones as many filters of each
-        each = module.out_channels // module.groups
-        module.groups = len({k // each for k in keep})
-    elif isinstance(module, TRANSPOSED) and leaf == "weight" and dim == 0 and module.groups > 1:
-        module.groups = len(keep)
+    module: Any = module_at(model, path)
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)) and leaf == "weight" and dim == 0:
+        if groups is None:
+            groups = _groups(module, keep)
+        elif type(groups) is not int or groups < 1 or len(keep) % groups:
+            raise ValueError(f"{len(keep)} slices do not fall into {groups} groups")
+        module.groups = groups
+    elif groups is not None:
+        raise ValueError(f"{name} has no groups along dimension {dim}")
     index = torch.tensor(keep, dtype=torch.long)
     form = packed.form_of(module, leaf)
     if form is not None:
@@ -78,7 +88,20 @@ def take(model: nn.Module, name: str, dim: int, keep: list[int]) -> None:
         if isinstance(old, nn.Parameter):
             new = nn.Parameter(new, old.requires_grad)
         _put_tensor(model, name, new)
-    ledger(model).edits.append(Edit("take", name, {"dim": dim, "keep": list(keep)}))
+    arguments: dict[str, Any] = {"dim": dim, "keep": list(keep)}
+    arguments |= {"stored": True} if leaf not in module._non_persistent_buffers_set else {}
+    arguments |= {"groups": groups} if (groups or 1) > 1 else {}
+    ledger(model).edits.append(Edit("take", name, arguments))
+
+
+def _groups(layer: Any, keep: list[int]) -> int:
+    """How many groups a convolution has that keeps these slices of its weight."""
+    if layer.groups == 1:
+        return 1
+    if isinstance(layer, TRANSPOSED):
+        return len(keep)
+    # depthwise layers lose whole groups, grouped ones as many filters of each
+    return len({k // (layer.out_channels // layer.groups) for k in keep})
 
 
 def _names(model: nn.Module, name: str) -> list[str]:
@@ -286,8 +309,10 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
     for edit in book.get("edits", ()):
         try:
             if edit["kind"] == "take":
-                dim, path = int(edit["arguments"]["dim"]), edit["path"]
-                take(model, path, dim, _kept(model, path, dim, edit["arguments"]))
+                arguments, path = edit["arguments"], edit["path"]
+                dim = int(arguments["dim"])
+                keep = _kept(model, path, dim, arguments)
+                take(model, path, dim, keep, arguments.get("groups"))
             elif edit["kind"] == "plain":
                 _settle(model.get_submodule(edit["path"]))
                 ledger(model).edits.append(Edit("plain", edit["path"], {}))
@@ -325,10 +350,11 @@ def replay(model: nn.Module, book: Mapping[str, Any]) -> None:
 
 
 def _kept(model: nn.Module, name: str, dim: int, arguments: Mapping[str, Any]) -> list[int]:
-    """The slices that an edit keeps; older files list them."""
+    """The slices that an edit keeps, any where their numbers come later; older files list them."""
     if "keep" in arguments:
         return [int(k) for k in arguments["keep"]]
-    return slices(arguments["runs"], tensor_of(model, name).shape[dim])
+    runs = [0, arguments["count"]] if "count" in arguments else arguments["runs"]
+    return slices(runs, tensor_of(model, name).shape[dim])
 
 
 @torch.no_grad()
