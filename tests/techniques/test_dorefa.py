@@ -141,7 +141,7 @@ def test_the_file_holds_integers(apply, bits):
 def test_training_lowers_the_loss_and_leaves_activations_alone(apply):
     task = replace(tiny_task("residual_cnn"), validation=None)
     before = apply(task, FEW, DoReFa(bits=2, epochs=1, lr=1e-9))
-    work = apply(task, FEW, DoReFa(bits=2, epochs=8, lr=0.05, teacher=False))
+    work = apply(task, FEW, DoReFa(bits=2, epochs=16, lr=0.05, teacher=False))
     losses = []
     for model in (before.model, work.model):
         with torch.no_grad():

@@ -563,12 +563,33 @@ def test_some_layers_keep_eight_bits_with_what_they_read(apply):
     assert {f.bits_wide for _, _, f in quantized_layers(plain)} == {3}
     widths = {path: form.bits_wide for path, _, form in quantized_layers(model)}
     assert widths == {path: 8 if path in some.eight else 3 for path in paths}
-    assert {grid.high for grid in ledger(plain).grids.values()} == {15}
+    read = {
+        s for c in sites.calls(plain, task.example) if c.op in static.MATMULS for s in c.sources
+    }
+    narrow = {site: grid.high for site, grid in ledger(plain).grids.items() if site in read}
+    assert set(narrow.values()) == {15}
     grids = ledger(model).grids
     assert grids["input:0"].high == 255
     read = [c.sources[0] for c in sites.calls(model, task.example) if c.path == paths[-1]]
     assert grids[read[0]].high == 255
     assert sorted({grid.high for grid in grids.values()}) == [15, 255]
+
+
+def test_what_is_only_added_up_keeps_eight_bits(apply):
+    """Products get cheaper with fewer bits; sums are as cheap with eight."""
+    task = tiny_task("residual_cnn")
+    model = apply(task, StaticInt8(weight_bits=4, activation_bits=4, examples=8)).model
+    grids = ledger(model).grids
+    readers: dict[str, set[str]] = {}
+    for call in sites.calls(model, task.example):
+        for source in call.sources:
+            readers.setdefault(source, set()).add(call.op)
+    summed = {site for site in grids if readers[site] == {"add"}}
+    both = {site for site in grids if readers[site] > {"add"}}
+    assert summed
+    assert both
+    assert {grids[site].high - grids[site].low for site in summed} == {255}
+    assert {grids[site].high - grids[site].low for site in both} == {15}
 
 
 def test_a_narrow_grid_clips_and_rounds_as_a_wide_one():

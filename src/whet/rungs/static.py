@@ -318,6 +318,17 @@ def wide(calls: list[sites.Call], plan: dict[str, str], eight: tuple[str, ...]) 
     return {plan[site] for call in readers for site in call.sources if site in plan}
 
 
+def multiplied(calls: list[sites.Call], plan: Mapping[str, str]) -> set[str]:
+    """The sites whose ranges those of values that layers and attention multiply are taken from.
+
+    Products get cheaper with fewer bits. The other values are added up or averaged.
+    """
+    products = [call for call in calls if call.op in MATMULS | PRODUCTS | {ATTENTION}]
+    read = {site for call in products for site in call.sources[: MULTIPLIED.get(call.op)]}
+    read |= {call.site + sites.WEIGHTS for call in products}
+    return {plan[site] for site in read if site in plan}
+
+
 def inputs_of(calls: list[sites.Call], plan: Mapping[str, str]) -> dict[str, str]:
     """The site whose range the input of each layer has, by the layer's path."""
     return {

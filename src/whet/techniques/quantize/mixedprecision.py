@@ -41,7 +41,14 @@ from whet import packed, solve
 from whet.errors import Refused
 from whet.graph import sites, surgery, trace
 from whet.rungs import sensitivity
-from whet.rungs.static import StaticTechnique, inputs_of, integer_ops, most_bits, placement
+from whet.rungs.static import (
+    StaticTechnique,
+    inputs_of,
+    integer_ops,
+    most_bits,
+    multiplied,
+    placement,
+)
 from whet.technique import Work
 
 Bits = Annotated[int, Field(ge=2, le=8)]
@@ -106,9 +113,10 @@ class MixedPrecision(StaticTechnique):
         bits = {path: b for c in chosen for path, b in c.weights.items()}
         for path, module in layers.items():
             packed.rewrite(module, "weight", lambda w, b=bits[path]: self.pack(w, b))
-        wide = {site: b for c in chosen for site, b in c.reads.items()}
         top = max(self.activation_choices)
-        grids = self.grids(work, calls, plan, lambda site: wide.get(site, top))
+        wide = dict.fromkeys(multiplied(calls, plan), top)
+        wide |= {site: b for c in chosen for site, b in c.reads.items()}
+        grids = self.grids(work, calls, plan, lambda site: wide.get(site, 8))
         surgery.set_grids(work.model, grids)
         each = ", ".join(f"{b} bits {n}" for b, n in sorted(Counter(bits.values()).items()))
         work.notes.append(

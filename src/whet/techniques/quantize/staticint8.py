@@ -32,7 +32,14 @@ from pydantic import Field
 from whet import packed
 from whet.graph import sites, surgery
 from whet.rungs.layers import skipped
-from whet.rungs.static import StaticTechnique, integer_ops, most_bits, placement, wide
+from whet.rungs.static import (
+    StaticTechnique,
+    integer_ops,
+    most_bits,
+    multiplied,
+    placement,
+    wide,
+)
 from whet.technique import Work
 
 
@@ -48,7 +55,8 @@ class StaticInt8(StaticTechnique):
         Field(
             ge=2,
             le=8,
-            description="fewer than 8 clip first, which keeps ONNX Runtime from integers",
+            description="of what layers and attention multiply; the rest keeps 8. "
+            "Fewer than 8 clip first, which keeps ONNX Runtime from integers",
         ),
     ] = 8
     eight: Annotated[
@@ -70,12 +78,13 @@ class StaticInt8(StaticTechnique):
             packed.rewrite(module, "weight", lambda w, bits=bits: self.pack(w, bits))
         calls = sites.calls(work.model, work.task.example)
         plan = placement(calls, self.skip, integer_ops(work.targets))
-        kept = wide(calls, plan, self.eight)
+        narrow = multiplied(calls, plan) - wide(calls, plan, self.eight)
         grids = self.grids(
-            work, calls, plan, lambda site: 8 if site in kept else self.activation_bits
+            work, calls, plan, lambda site: self.activation_bits if site in narrow else 8
         )
         surgery.set_grids(work.model, grids)
+        beside = ", 8 where they are only added up or averaged" if self.activation_bits < 8 else ""
         work.notes.append(
             f"{len(layers)} layers on grids of {few} bits and {len(plan)} activations "
-            f"on grids of {self.activation_bits}."
+            f"on grids of {self.activation_bits}{beside}."
         )
