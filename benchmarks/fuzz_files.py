@@ -30,6 +30,7 @@ from typing import Any
 import torch
 
 from whet import artifact, container
+from whet.codecs import text
 from whet.codecs.choice import smallest, thorough
 from whet.codecs.words import WORDS
 from whet.container import HEAD, MAGIC, VERSION
@@ -163,61 +164,75 @@ def damage(chance: random.Random, file: bytes, other: bytes) -> tuple[str, bytes
 
 def malice(chance: random.Random, file: bytes, other: bytes) -> tuple[str, bytes]:
     """A change with the checksums made right."""
-    header, sections = taken(file)
-    kind = chance.randrange(5)
+    header, sections, coding = taken(file)
+    kind = chance.randrange(6)
     if kind == 0:
-        text = bytearray(json.dumps(header, separators=(",", ":")).encode())
+        said = bytearray(packed(header))
         for _ in range(chance.randint(1, 4)):
-            text[chance.randrange(len(text))] = chance.choice(SMALL_TEXT)
-        return "malice: text of the header", sealed(bytes(text), sections)
+            said[chance.randrange(len(said))] = chance.choice(SMALL_TEXT)
+        return "malice: text of the header", sealed(bytes(said), sections, coding)
     if kind == 1 and header["tensors"]:
         entry = chance.choice(header["tensors"])
         place = chance.randrange(len(entry))
         entry[place] = chance.choice(LIES)
-        return "malice: an entry of the table", sealed(packed(header), sections)
+        return "malice: an entry of the table", sealed(packed(header), sections, coding)
     if kind == 2 and len(sections) > 1:
         chance.shuffle(sections)
-        return "malice: sections in another order", sealed(packed(header), sections)
+        return "malice: sections in another order", sealed(packed(header), sections, coding)
     if kind == 3 and sections:
         place = chance.randrange(len(sections))
         data = bytearray(sections[place] or b"\0")
         for _ in range(chance.randint(1, 4)):
             data[chance.randrange(len(data))] = chance.randrange(256)
         sections[place] = bytes(data)
-        return "malice: bytes of a section", sealed(packed(header), sections)
-    theirs, _ = taken(other)
+        return "malice: bytes of a section", sealed(packed(header), sections, coding)
+    if kind == 4:
+        head = bytearray(coded(packed(header), coding))
+        for _ in range(chance.randint(1, 4)):
+            head[chance.randrange(len(head))] = chance.randrange(256)
+        return "malice: bytes of the header", framed(bytes(head), sections, coding)
+    theirs, *_ = taken(other)
     part = chance.choice(["tensors", "structure", "graph", "rest"])
     header[part] = theirs.get(part)
-    return "malice: a part of another file", sealed(packed(header), sections)
+    return "malice: a part of another file", sealed(packed(header), sections, coding)
 
 
-def taken(file: bytes) -> tuple[dict[str, Any], list[bytes]]:
-    """The header and the sections of a file; of one whose table is odd, no sections."""
-    length = HEAD.unpack_from(file)[3]
-    body = file[HEAD.size + length : -32]
+def taken(file: bytes) -> tuple[dict[str, Any], list[bytes], int]:
+    """The header, the sections and how the header is coded; of an odd file, no sections."""
+    *_, coding, length = HEAD.unpack_from(file)
+    head, body = file[HEAD.size : HEAD.size + length], file[HEAD.size + length : -32]
     try:
-        text = zlib.decompressobj(-15, WORDS).decompress(file[HEAD.size : HEAD.size + length])
-        header = json.loads(text)
+        said = text.decode(head) if coding else zlib.decompressobj(-15, WORDS).decompress(head)
+        header = json.loads(said)
         sizes = [e[5] for e in header["tensors"] if len(e) == 6]
         sizes += [header["rest"][1]] if header.get("rest") else []
         sections = []
         for size in sizes:
             sections.append(body[4 : 4 + size])
             body = body[4 + size :]
-    except (zlib.error, ValueError, TypeError, KeyError, IndexError):
-        return {"tensors": [], "structure": {}, "graph": {}}, []
-    return header, sections
+    except (zlib.error, ValueError, TypeError, KeyError, IndexError, WhetError):
+        return {"tensors": [], "structure": {}, "graph": {}}, [], 0
+    return header, sections, coding
 
 
 def packed(header: Any) -> bytes:
     return json.dumps(header, separators=(",", ":")).encode()
 
 
-def sealed(text: bytes, sections: list[bytes]) -> bytes:
+def coded(said: bytes, coding: int) -> bytes:
+    """A header as it stands in a file."""
+    return (text.encode(said) if coding else None) or container.deflated(said)
+
+
+def sealed(said: bytes, sections: list[bytes], coding: int) -> bytes:
     """A file whose checksums are right, whatever it says."""
-    head = container.deflated(text)
+    return framed(coded(said, coding), sections, coding)
+
+
+def framed(head: bytes, sections: list[bytes], coding: int) -> bytes:
+    """The same around a header as it is coded."""
     blobs = b"".join(struct.pack("<I", zlib.crc32(blob)) + blob for blob in sections)
-    body = HEAD.pack(MAGIC, VERSION, 0, len(head)) + head + blobs
+    body = HEAD.pack(MAGIC, VERSION, coding, len(head)) + head + blobs
     return body + hashlib.sha256(body).digest()
 
 
