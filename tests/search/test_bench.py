@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from whet.checkpoint import Rows
 from whet.engine import Here
 from whet.errors import TargetFailed
 from whet.measure.goals import Goals
+from whet.measure.latency import Timing
 from whet.probe import Option
 from whet.runner import Settings
 from whet.search import bench
@@ -141,3 +143,25 @@ def test_a_runtime_that_dies_on_the_untouched_network_says_so(tmp_path, monkeypa
     monkeypatch.setattr(bench.latency, "by_layer", die)
     with pytest.raises(TargetFailed, match="SIGSEGV"):
         small(tmp_path)._faster([], WAY)
+
+
+def test_trials_are_timed_in_the_same_processes_each_time_another_first(tmp_path, monkeypatch):
+    """The machine is twice as slow in one of them; the ratios are not."""
+    found, runs = small(tmp_path), []
+    slow = {"original": 4.0, "a": 2.0, "b": 3.0}
+
+    def time_together(target, variants, inputs, threads, rounds):
+        runs.append([variant.name for variant in variants])
+        state = 2.0 if len(runs) == 2 else 1.0
+        return {
+            v.name: Timing(np.full(rounds, state * slow[v.name]), np.full(3 * rounds, 1.0), {})
+            for v in variants
+        }
+
+    monkeypatch.setattr(bench.latency, "time_together", time_together)
+    trials = [{"target": "onnxruntime", "folder": name} for name in ("a", "b")]
+    assert found.together(trials) == [0.5, 0.75]
+    assert [sorted(run) for run in runs] == [["a", "b", "original"]] * bench.TURNS
+    assert {run[0] for run in runs} == {"a", "b", "original"}
+    assert found.together(trials) == [0.5, 0.75]
+    assert len(runs) == bench.TURNS  # it is remembered

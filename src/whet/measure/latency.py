@@ -53,6 +53,12 @@ class Timing:
         }
 
 
+def joined(times: Sequence[Timing]) -> Timing:
+    """Measurements of one variant in several processes as one."""
+    rounds, calls = ([getattr(each, name) for each in times] for name in ("rounds", "calls"))
+    return Timing(np.concatenate(rounds), np.concatenate(calls), times[0].kernels)
+
+
 def time_together(
     target: Target,
     variants: Sequence[Variant],

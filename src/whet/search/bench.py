@@ -47,6 +47,7 @@ STEPS = 8  # to learn what a training step costs
 STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
 JUDGED = 5000  # validation examples whose answers judge one
+TURNS = 3  # processes that time all trials together
 TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student
 
 
@@ -267,6 +268,35 @@ class Bench:
             },
             "seconds": round(time.monotonic() - began, 1),
         }
+
+    def together(self, trials: Sequence[Mapping[str, Any]]) -> list[float]:
+        """The latency of each trial over the original's, all of a runtime timed in turns.
+
+        Trials are made minutes apart. Meanwhile the machine changes its state, and ratios with
+        it, by more than plans that are near to each other differ.
+        """
+
+        def measured() -> list[float]:
+            inputs, threads = as_arrays(self.task.example), self.settings.threads
+            found: dict[str, float] = {}
+            for target in map(catalog.target, dict.fromkeys(t["target"] for t in trials)):
+                mine = [t["folder"] for t in trials if t["target"] == target.name]
+                files = {name: self.home / name / f"model{target.suffix}" for name in mine}
+                variants = [latency.Variant(name, file) for name, file in files.items()]
+                variants.insert(0, latency.Variant("original", self._original(target)))
+                times = []
+                for turn in range(TURNS):  # which file a process reads first matters as well
+                    start = turn * len(variants) // TURNS
+                    order = variants[start:] + variants[:start]
+                    rounds = max(10, self.settings.rounds // 2)
+                    times.append(latency.time_together(target, order, inputs, threads, rounds))
+                whole = {v.name: latency.joined([each[v.name] for each in times]) for v in variants}
+                for name in mine:
+                    found[name] = latency.compare(whole["original"], whole[name])["value"]
+            return [found[trial["folder"]] for trial in trials]
+
+        folders = " ".join(trial["folder"] for trial in trials)
+        return self.rows.get(f"together {folders}", measured)
 
     def options(self, target: str) -> dict[str, Any]:
         """What the runner is told."""
