@@ -14,7 +14,7 @@ from whet.codecs.choice import smallest, thorough
 from whet.container import HEAD, Opened
 from whet.errors import Damaged
 
-CHANCE = random.Random(0)
+CHANCE, ENCODE = random.Random(0), text.encode
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,17 @@ def test_what_was_not_written_so_is_refused(data: bytes):
 
 
 def test_a_lying_length_is_bounded_by_its_bytes():
+    with pytest.raises(Damaged, match=f"claims {text.MOST_TEXT + 1} bytes"):
+        text.decode((text.MOST_TEXT + 1).to_bytes(2, "little") + b"x" * 9000)
     with pytest.raises(Damaged, match="guesses more bits"):
         text.decode(text.MOST_TEXT.to_bytes(2, "little") + b"\0")
+
+
+def test_a_header_that_is_guessed_badly_is_deflated(monkeypatch: pytest.MonkeyPatch):
+    model, example = nn.Linear(4, 2).eval(), (torch.ones(1, 4),)
+    for more, coding in ((0, 1), (500, 0)):
+        monkeypatch.setattr(text, "encode", lambda said, more=more: ENCODE(said) + b"x" * more)
+        assert HEAD.unpack_from(artifact.encode(model, example, thorough))[2] == coding
 
 
 def test_altered_bytes_give_another_text_or_are_refused():

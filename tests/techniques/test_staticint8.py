@@ -592,6 +592,17 @@ def test_what_is_only_added_up_keeps_eight_bits(apply):
     assert {grids[site].high - grids[site].low for site in both} == {15}
 
 
+def test_what_attention_multiplies_has_few_bits_as_well():
+    read, mask = ["q/linear:0", "k/linear:0", "v/linear:0"], "mask/conv2d:0"
+    layers = [call(site, site.split("/")[1][:-2], "x:0") for site in [*read, mask]]
+    attention = call("attend:0", "scaled_dot_product_attention", *read, mask)
+    added = call("add:0", "add", "attend:0", mask)
+    calls = [call("x:0", "input"), *layers, attention, added, call("matmul:0", "matmul", "add:0")]
+    weights = "attend:0" + sites.WEIGHTS
+    plan = {site: site for site in ["x:0", *read, mask, "attend:0", "add:0", weights]}
+    assert static.multiplied(calls, plan) == {"x:0", *read, "add:0", weights}
+
+
 def test_a_narrow_grid_clips_and_rounds_as_a_wide_one():
     x = 4 * torch.randn(500)
     for zero, high in ((0, 15), (5, 15), (2, 3)):
