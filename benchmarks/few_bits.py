@@ -3,7 +3,8 @@
     WHET_DATA=... python benchmarks/few_bits.py 20
     WHET_DATA=... python benchmarks/few_bits.py 56 --rows "W4 A8, BlockReconstruct" "W4 A4, Qat"
 
-"mixed W4" takes as many bytes of weights as W4.
+"mixed W4" takes as many bytes of weights as W4. "A4" is what layers read; what is only added up or
+averaged keeps 8 bits.
 
 The pretrained network has seen all training images, those for validation too. With --unseen one
 half of the test images is for validation in their place, for what looks at it; the other judges.

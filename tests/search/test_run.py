@@ -149,6 +149,19 @@ def test_a_long_recovery_goes_on_from_a_short_one(found):
     assert long["epochs"] == pytest.approx((1 + bench.TIMES) * short["epochs"])
 
 
+def test_the_choice_is_among_trials_that_were_timed_together(tmp_path, monkeypatch):
+    """Trials are made minutes apart: the first of them is the fastest in the end."""
+    monkeypatch.setattr(
+        bench.Bench, "together", lambda self, trials: [0.25, 0.5, 0.75][: len(trials)]
+    )
+    options = QUICK | {"trials": 1, "finals": 1, "epochs": 0.5, "minimize": "latency"}
+    result = run.search(tiny_task("plain_cnn"), drop="100pp", workspace=tmp_path / "w", **options)
+    trials = result.readings["search"]["trials"]
+    assert [trial["latency"] for trial in trials] == said[: len(trials)]
+    assert [trial["taken"] for trial in trials] == [True, *[False] * (len(trials) - 1)]
+    assert len(trials) > 1
+
+
 def test_no_checkpoints_are_left(tmp_path):
     searched(tmp_path / "work")
     assert list((tmp_path / "work").glob("trial-*"))
