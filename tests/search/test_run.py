@@ -151,9 +151,8 @@ def test_a_long_recovery_goes_on_from_a_short_one(found):
 
 def test_the_choice_is_among_trials_that_were_timed_together(tmp_path, monkeypatch):
     """Trials are made minutes apart: the first of them is the fastest in the end."""
-    monkeypatch.setattr(
-        bench.Bench, "together", lambda self, trials: [0.25, 0.5, 0.75][: len(trials)]
-    )
+    said = [0.25, 0.5, 0.75]
+    monkeypatch.setattr(bench.Bench, "together", lambda self, trials: said[: len(trials)])
     options = QUICK | {"trials": 1, "finals": 1, "epochs": 0.5, "minimize": "latency"}
     result = run.search(tiny_task("plain_cnn"), drop="100pp", workspace=tmp_path / "w", **options)
     trials = result.readings["search"]["trials"]
