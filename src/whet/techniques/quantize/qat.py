@@ -20,8 +20,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from whet import packed
@@ -33,6 +35,9 @@ from whet.technique import Work
 
 class Qat(GridTrainTechnique):
     """Train a quantized network, codes, steps and biases together."""
+
+    # at 0.002 the steps of a CIFAR ResNet-20's weights run away before it is warm
+    lr: Annotated[float, Field(gt=0, le=10)] = 0.001
 
     def apply(self, work: Work) -> None:
         objective = self.objective(work)
