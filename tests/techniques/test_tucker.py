@@ -150,6 +150,19 @@ def test_by_variational_bayes_the_planted_ranks_are_found(apply):
     assert [layer.out_channels for layer in thin_layers] == [3, 5, 32]
 
 
+@pytest.mark.parametrize("sides", [(3, 16), (16, 2), (1, 40)])
+def test_no_side_gets_a_rank_that_the_other_cannot_fill(sides):
+    """The core's unfolding [r2, 9 r1] has no more than 9 r1 directions."""
+    layer = Layer(nn.Conv2d(*sides, 3))
+    for ratio in (0.1, 0.3, 0.6, 0.8):
+        technique = Tucker(rank="ratio", ratio=ratio)
+        r1, r2 = technique.chosen(layer)
+        assert r1 <= 9 * r2
+        assert r2 <= 9 * r1
+        made = technique.factor(layer, (r1, r2))
+        assert made(torch.ones(1, sides[0], 5, 5)).shape == (1, sides[1], 3, 3)
+
+
 def test_what_it_is_not_for_is_named(apply, refuses):
     notes = apply(tiny_task("depthwise_cnn"), Tucker(energy=0.5)).notes
     assert "left alone, as it is grouped: ['3', '9.depth.0']." in notes

@@ -21,6 +21,7 @@ Departures: a side at full rank gets no layer of its own (its factor is the iden
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
@@ -45,6 +46,12 @@ class Tucker(FactorTechnique):
 
     def matrices(self, layer: Layer) -> list[Tensor]:
         return [unfolded(layer.weight, 1), unfolded(layer.weight, 0)]
+
+    def chosen(self, layer: Layer) -> list[int]:
+        r1, r2 = super().chosen(layer)
+        places = math.prod(layer.shape[2:])
+        # a core [r2, r1, d, d] has no more directions: rank r2 <= r1 d^2, r1 <= r2 d^2
+        return [min(r1, r2 * places), min(r2, r1 * places)]
 
     def specs(self, layer: Layer, ranks: Sequence[int]) -> list[Spec]:
         (T, S, *kernel), (r1, r2) = layer.shape, ranks
