@@ -27,7 +27,7 @@ from whet.technique import Technique, Work
 from whet.testing import tiny_task
 
 QUICK: dict[str, Any] = {"rounds": 5, "step_examples": 32}
-STEPS = "steps: [FoldBatchNorm, Magnitude, FineTune: {epochs: 0.5}, StaticInt8: {examples: 32}]"
+STEPS = "steps: [FoldBatchNorm, Magnitude, Distill: {epochs: 0.5}, StaticInt8: {examples: 32}]"
 
 
 def flags(model: nn.Module) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def test_a_refused_step_is_noted_and_the_run_goes_on(result: Result):
     assert (fold["step"], fold["refused"]) == ("FoldBatchNorm", True)
     assert fold["notes"][-1].startswith("refused: FoldBatchNorm: no BatchNorm follows")
     assert [(step["step"], step["refused"]) for step in others] == [
-        ("Magnitude", False), ("FineTune", False), ("StaticInt8", False),
+        ("Magnitude", False), ("Distill", False), ("StaticInt8", False),
     ]  # fmt: skip
     kinds = {kind for _, _, form in packed.forms(result.model) for kind in packed.kinds(form)}
     assert {packed.Sparse, packed.Affine} <= kinds
@@ -137,6 +137,7 @@ def test_a_report_is_json_and_complete(result: Result):
         "model.whet", "model.onnx", "recipe.yaml", "report.json", "report.html",
     }  # fmt: skip
     assert Recipe.parse(result.files["recipe.yaml"].decode()) == result.recipe
+    assert [step["knobs"] for step in again["steps"]] == [{}, {}, {"epochs": 0.5}, {"examples": 32}]
     assert again["signature"]["seed"] == 0
     assert again["gate"]["int8"]["expected"] == 4
     assert result.files["report.html"].startswith(b"<!")

@@ -387,7 +387,7 @@ class _Run:
         promises.check(before, work.model, self.task.example, step.name)
         said = {
             "step": step.name,
-            "knobs": step.model_dump(mode="json", exclude_defaults=True),
+            "knobs": _changed(step),
             "seconds": seconds,
             "refused": refused,
             "notes": work.notes,
@@ -649,6 +649,20 @@ class _Run:
                 }
             )
         return rows
+
+
+def _changed(step: Technique) -> dict[str, Any]:
+    """The knobs of a step that are not as they are by default, as JSON.
+
+    pydantic's exclude_defaults keeps those that have a serializer of their own.
+    """
+    fields = type(step).model_fields
+    said = step.model_dump(mode="json").items()
+    return {
+        name: value
+        for name, value in said
+        if getattr(step, name) != fields[name].get_default(call_default_factory=True)
+    }
 
 
 def _row(layer: cost.Layer | None, share: float | None) -> dict[str, Any] | None:
