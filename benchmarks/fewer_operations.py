@@ -25,6 +25,7 @@ from typing import Any
 import measuring
 import torch.nn.functional as F
 from cifar10_resnet import cifar
+from safetensors.torch import load_model, save_model
 from torch import nn
 from vs_torch_pruning import affordable
 
@@ -33,6 +34,7 @@ from whet.fit import Schedule, fit
 from whet.graph import folding
 from whet.graph.trace import macs
 from whet.runner import seed_all
+from whet.targets.target import Target
 from whet.task import ACCURACY, Task, evaluate
 from whet.technique import Work
 
@@ -89,29 +91,37 @@ def main() -> None:
     parser.add_argument("--network", choices=list(ROWS), default="resnet20")
     parser.add_argument("--minutes", type=float, default=15, help="of processor time, each row")
     parser.add_argument("--epochs", type=float, default=10, help="of training the VGG-style net")
-    parser.add_argument("--lr", type=float, default=0.05, help="of recovery")
+    parser.add_argument("--lr", type=float, default=0.02, help="of recovery")
     parser.add_argument("--rounds", type=int, default=40, help="of the timing")
-    parser.add_argument("--rows", nargs="+", help="some of the rows only")
+    parser.add_argument("--rows", nargs="+", default=[*HEADS, *CONVOLUTIONS], metavar="ROW")
+    parser.add_argument("--keep", type=Path, help="a folder for the files; what it has is taken")
     options = parser.parse_args()
     task = cifar(20)
     seed_all(0, task)
-    if options.network == "vgg":
-        task = trained(task, options.epochs)
-    nets = {"the network": folded(task, task.model)}
+    targets = [catalog.target(name) for name in ("onnxruntime", "openvino")]
+    rows = {name: cut for name, cut in ROWS[options.network].items() if name in options.rows}
     print("| | MACs | CPU min | validation % | epochs | CPU min | validation % |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for name, cut in ROWS[options.network].items():
-        if not options.rows or name in options.rows:
-            model = recovered(task, name, cut, options.minutes, options.lr)
-            nets[name] = folded(task, model)
-    with tempfile.TemporaryDirectory() as folder:
-        for target in (catalog.target(name) for name in ("onnxruntime", "openvino")):
-            files = {
-                name: measuring.lower(target, net, task, Path(folder), f"{target.name}{k}")
-                for k, (name, net) in enumerate(nets.items())
-            }
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        if options.network == "vgg":
+            task = trained(task, options.epochs, folder / "vgg.safetensors")
+        for name, cut in {"the network": None, **rows}.items():
+            if not all(kept(folder, target, name).exists() for target in targets):
+                net = recovered(task, name, cut, options.minutes, options.lr) if cut else task.model
+                net = folded(task, net)
+                for target in targets:
+                    target.lower(net, task.example).write(kept(folder, target, name))
+        for target in targets:
+            files = {name: kept(folder, target, name) for name in ("the network", *rows)}
             found = measuring.rows(target, task, files, rounds=options.rounds)
             print(f"\n{measuring.table(found)}\n\n{measuring.signed(target, task, options.rounds)}")
+
+
+def kept(folder: Path, target: Target, name: str) -> Path:
+    """Where the file of a row lies."""
+    return folder / f"{name.replace(' ', '-')}.{target.name}{target.suffix}"
 
 
 def recovered(task: Task, name: str, cut: Cut, minutes: float, lr: float) -> nn.Module:
@@ -143,12 +153,16 @@ def folded(task: Task, model: nn.Module) -> nn.Module:
     return twin
 
 
-def trained(task: Task, epochs: float) -> Task:
-    """The task with a VGG-style network trained on its images."""
+def trained(task: Task, epochs: float, file: Path) -> Task:
+    """The task with a VGG-style network trained on its images, or read from `file`."""
     model = vgg()
+    if file.exists():
+        load_model(model, file)
+        return replace(task, model=model.eval(), name="cifar10-vgg")
     batches, loss = task.validation or [], lambda x, y, z: F.cross_entropy(z, y)
     schedule = Schedule(epochs=epochs, lr=0.05, weight_decay=5e-4)
     fit(model, task.train or [], loss, schedule, lambda m: evaluate(m, batches, ACCURACY))
+    save_model(model, str(file))
     return replace(task, model=model, name="cifar10-vgg")
 
 
