@@ -103,6 +103,7 @@ def work(rank: int, options: argparse.Namespace, seed: int, compressed: bool, fo
         found = {"state": network.module.state_dict(), "dense": dense}
         found["sent"] = state.sent if compressed else dense
         torch.save(found, Path(folder) / "result.pt")
+    del network  # before the group: see DeepGradientCompression
     dist.destroy_process_group()
 
 

@@ -1,6 +1,8 @@
 """Deep gradient compression: nothing is lost, all workers agree, and the bytes are counted."""
 
+import gc
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +53,10 @@ def worker(rank, world, folder):
         u, v = ({names[p]: t.clone() for p, t in each.items()} for each in (state.u, state.v))
         rows.append({"local": local, "mean": mean, "u": u, "v": v})
     torch.save({"rows": rows, "sent": state.sent, "dense": state.dense}, f"{folder}/{rank}.pt")
+    alive = weakref.ref(network)
+    del network  # before the group: see DeepGradientCompression
+    gc.collect()
+    assert alive() is None
     dist.destroy_process_group()
 
 

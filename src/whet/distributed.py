@@ -41,7 +41,9 @@ WORD = 4  # bytes of an index, and of a value
 class DeepGradientCompression:
     """What one worker remembers between steps; registered on its network.
 
-    The momentum is here: the optimizer takes none.
+    The momentum is here: the optimizer takes none. Let go of the network before you call
+    `destroy_process_group`: where it outlives the group, torch waits with Python's lock for a
+    thread of gloo's that may still need that lock, to let go of a hook's last call.
 
     Args:
         steps_per_epoch: of each worker.
