@@ -4,6 +4,8 @@
     WHET_DATA=... OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/fewer_operations.py \
         --network vgg --epochs 10 --minutes 15
 
+Two and a half hours each; with `--keep FOLDER` a call goes on where another was stopped.
+
 The network is the pretrained ResNet-20, or a VGG-style one with SiLU and a fully connected head,
 which is trained here first. Each row factors or substitutes, is distilled from the parent until its
 minutes of processor time are spent, and has its BatchNorms folded. The weights kept are those best
@@ -93,7 +95,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=10, help="of training the VGG-style net")
     parser.add_argument("--lr", type=float, default=0.02, help="of recovery")
     parser.add_argument("--rounds", type=int, default=40, help="of the timing")
-    parser.add_argument("--rows", nargs="+", default=[*HEADS, *CONVOLUTIONS], metavar="ROW")
+    every = [*HEADS, *CONVOLUTIONS]
+    parser.add_argument("--rows", nargs="+", default=every, choices=every, metavar="ROW")
     parser.add_argument("--keep", type=Path, help="a folder for the files; what it has is taken")
     options = parser.parse_args()
     task = cifar(20)

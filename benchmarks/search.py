@@ -1,26 +1,36 @@
 """A search on a CIFAR ResNet beside what one technique alone and the built-in recipe reach.
 
     WHET_DATA=... python benchmarks/search.py 56 --drop 0.5pp --time 30m --target auto
+    WHET_DATA=... python benchmarks/search.py 56 --rows "search, everything" --again FOLDER
 
 The searches get the same time. The pretrained networks have seen every training image, so that the
 drop on any of these says nothing; one half of the test images stands in for unseen validation data,
 the other half judges, read once a row. The cost is the latency of the deployed file over the
 original's in its runtime. Rank correlations are those of what was predicted and what was measured,
-over the trials.
+over the trials. With --again nothing is searched: what a search of these rows has kept in FOLDER
+(--output) is timed, all of it in turns in the same processes, a few times.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
-import measuring  # noqa: F401  (puts the examples on the path)
+import measuring
 from cifar10_resnet import cifar
 
 import whet
+from whet import catalog
+from whet.measure import latency
 from whet.measure.signature import signature
+from whet.targets.onnxfile import as_arrays
+
+TIMES = 3  # that kept files are timed
 
 ALONE: dict[str, dict[str, Any]] = {
     "search, everything": {},
@@ -44,7 +54,12 @@ def main() -> None:
     parser.add_argument("--target", default="onnxruntime")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="folder for the results; none are kept without it")
+    parser.add_argument("--again", type=Path, help="folder of kept results to time")
     options = parser.parse_args()
+    if options.again:
+        for row in options.rows:
+            print(again(cifar(options.depth), options.again / row))
+        return
     heads = "row runtime validation_drop_pp test_drop_pp time_ratio bytes_ratio trials minutes met "
     heads += "rank_correlation:_latency drop"
     print("| " + " | ".join(head.replace("_", " ") for head in heads.split()) + " |")
@@ -89,6 +104,29 @@ def measured(row: str, options: argparse.Namespace) -> str:
         *("" if r is None else f"{r:.2f}" for r in (ranked["latency"], ranked["drop"])),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def again(task: whet.Task, folder: Path) -> str:
+    """The kept files of one search, each time over the original's, as a table."""
+    said = json.loads((folder / "report.json").read_text())
+    target = catalog.target(said["target"])
+    kept = sorted(int(path.name) for path in (folder / "trials").iterdir())
+    files = {str(n): folder / "trials" / str(n) / f"model{target.suffix}" for n in kept}
+    lines = ["| trial | predicted | as a trial |" + "".join(f" {k + 1} |" for k in range(TIMES))]
+    lines.append("|---" * (3 + TIMES) + "|")
+    with tempfile.TemporaryDirectory() as temporary:
+        files["original"] = measuring.lower(target, task.model, task, Path(temporary), "original")
+        variants = [latency.Variant(name, file) for name, file in files.items()]
+        inputs = as_arrays(task.example)
+        times = [latency.in_turns(target, variants, inputs, 1, 20, 3) for _ in range(TIMES)]
+    for n in kept:
+        trial = said["search"]["trials"][n - 1]
+        ratios = [latency.compare(t["original"], t[str(n)])["value"] for t in times]
+        predicted = trial["predicted"].get("latency")
+        cells = [str(n), "" if predicted is None else f"{predicted:.3f}"]
+        cells += [f"{ratio:.3f}" for ratio in (trial["latency"], *ratios)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

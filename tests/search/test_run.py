@@ -161,6 +161,14 @@ def test_the_choice_is_among_trials_that_were_timed_together(tmp_path, monkeypat
     assert len(trials) > 1
 
 
+def test_where_latency_does_not_count_nothing_is_timed_again(tmp_path, monkeypatch):
+    """Of a large network that takes minutes."""
+    monkeypatch.setattr(bench.Bench, "together", lambda self, trials: pytest.fail("timed again"))
+    options = QUICK | {"trials": 1, "finals": 0, "epochs": 0.5, "minimize": "macs"}
+    result = run.search(tiny_task("plain_cnn"), drop="100pp", workspace=tmp_path / "w", **options)
+    assert len(result.readings["search"]["trials"]) > 1
+
+
 def test_no_checkpoints_are_left(tmp_path):
     searched(tmp_path / "work")
     assert list((tmp_path / "work").glob("trial-*"))

@@ -124,6 +124,12 @@ class Guess:
         self.w: dict[Any, int] = {}
         self.squash, self.stretch = logistic()
 
+    def on(self, coder: Coder) -> Guess:
+        """The same, as far as it has learned, on another coder."""
+        twin = Guess(coder)
+        twin.p, twin.n, twin.w = self.p.copy(), self.n.copy(), self.w.copy()
+        return twin
+
     def bit(self, kind: str, contexts: tuple[Any, ...], bit: int) -> int:
         """Code a bit of this kind in these contexts."""
         total, seen = 0, []

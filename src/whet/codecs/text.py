@@ -88,9 +88,7 @@ class Model:
         """A model that has learned the same, on another coder."""
         twin = copy.copy(self)
         twin.seen, twin.places = self.seen.copy(), self.places.copy()
-        twin.guess = guess = copy.copy(self.guess)
-        guess.coder = coder
-        guess.p, guess.n, guess.w = guess.p.copy(), guess.n.copy(), guess.w.copy()
+        twin.guess = self.guess.on(coder)
         return twin
 
 

@@ -89,8 +89,10 @@ def take(model: nn.Module, name: str, dim: int, keep: list[int], groups: int | N
             new = nn.Parameter(new, old.requires_grad)
         _put_tensor(model, name, new)
     arguments: dict[str, Any] = {"dim": dim, "keep": list(keep)}
-    arguments |= {"stored": True} if leaf not in module._non_persistent_buffers_set else {}
-    arguments |= {"groups": groups} if (groups or 1) > 1 else {}
+    if leaf not in module._non_persistent_buffers_set:
+        arguments["stored"] = True
+    if groups is not None and groups > 1:
+        arguments["groups"] = groups
     ledger(model).edits.append(Edit("take", name, arguments))
 
 

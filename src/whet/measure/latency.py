@@ -53,12 +53,6 @@ class Timing:
         }
 
 
-def joined(times: Sequence[Timing]) -> Timing:
-    """Measurements of one variant in several processes as one."""
-    rounds, calls = ([getattr(each, name) for each in times] for name in ("rounds", "calls"))
-    return Timing(np.concatenate(rounds), np.concatenate(calls), times[0].kernels)
-
-
 def time_together(
     target: Target,
     variants: Sequence[Variant],
@@ -83,6 +77,33 @@ def time_together(
         table = np.array(times)
         found[variant.name] = Timing(np.median(table, axis=1), table.reshape(-1), kernels)
     return found
+
+
+def in_turns(
+    target: Target,
+    variants: Sequence[Variant],
+    inputs: Sequence[np.ndarray],
+    threads: int,
+    rounds: int,
+    processes: int,
+) -> dict[str, Timing]:
+    """`time_together` in several processes, another file first in each, as one measurement.
+
+    Which file a process reads first moves the times of all.
+    """
+    taken = []
+    for process in range(processes):
+        first = process * len(variants) // processes
+        order = [*variants[first:], *variants[:first]]
+        taken.append(time_together(target, order, inputs, threads, rounds))
+    return {
+        v.name: Timing(
+            np.concatenate([each[v.name].rounds for each in taken]),
+            np.concatenate([each[v.name].calls for each in taken]),
+            taken[0][v.name].kernels,
+        )
+        for v in variants
+    }
 
 
 def between(

@@ -278,21 +278,16 @@ class Bench:
 
         def measured() -> list[float]:
             inputs, threads = as_arrays(self.task.example), self.settings.threads
+            rounds = max(4, self.settings.rounds // (2 * TURNS))
             found: dict[str, float] = {}
             for target in map(catalog.target, dict.fromkeys(t["target"] for t in trials)):
-                mine = [t["folder"] for t in trials if t["target"] == target.name]
-                files = {name: self.home / name / f"model{target.suffix}" for name in mine}
-                variants = [latency.Variant(name, file) for name, file in files.items()]
-                variants.insert(0, latency.Variant("original", self._original(target)))
-                times = []
-                for turn in range(TURNS):  # which file a process reads first matters as well
-                    start = turn * len(variants) // TURNS
-                    order = variants[start:] + variants[:start]
-                    rounds = max(10, self.settings.rounds // 2)
-                    times.append(latency.time_together(target, order, inputs, threads, rounds))
-                whole = {v.name: latency.joined([each[v.name] for each in times]) for v in variants}
+                mine = dict.fromkeys(t["folder"] for t in trials if t["target"] == target.name)
+                file = f"model{target.suffix}"
+                variants = [latency.Variant(name, self.home / name / file) for name in mine]
+                variants.append(latency.Variant("original", self._original(target)))
+                times = latency.in_turns(target, variants, inputs, threads, rounds, TURNS)
                 for name in mine:
-                    found[name] = latency.compare(whole["original"], whole[name])["value"]
+                    found[name] = latency.compare(times["original"], times[name])["value"]
             return [found[trial["folder"]] for trial in trials]
 
         folders = " ".join(trial["folder"] for trial in trials)

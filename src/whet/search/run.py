@@ -183,8 +183,9 @@ class Search:
         menu = self.bench.menu(wanted, targets, self.way if "latency" in costly else None)
         costs = Costs(menu.base, self.bench.profiles(menu, self.way))
         self._explore(menu, costs)
-        for trial, ratio in zip(self.trials, self.bench.together(self.trials), strict=True):
-            trial["latency"] = ratio
+        if "latency" in costly:
+            for trial, ratio in zip(self.trials, self.bench.together(self.trials), strict=True):
+                trial["latency"] = ratio
         best = min(self.trials, key=self._rank)
         said = self._said(menu, best)
         chosen = read_result(self.task, self.home / best["folder"])
