@@ -51,6 +51,7 @@ LIES: list[Any] = [
     *(0, -1, 1, 3, 8, 64, 65, 2**31, 2**62, 10**30, 1.5, None, True, "", [], [2**20], [2**40, 0]),
     *([3, 3], "raw", "entropy", "context", "float32", "uint8", "bfloat16"),
 ]
+ODD = (struct.error, zlib.error, WhetError)
 Seed = tuple[bytes, str]  # a file and the network whose class it is loaded into
 
 
@@ -199,9 +200,9 @@ def malice(chance: random.Random, file: bytes, other: bytes) -> tuple[str, bytes
 
 def taken(file: bytes) -> tuple[dict[str, Any], list[bytes], int]:
     """The header, the sections and how the header is coded; of an odd file, no sections."""
-    *_, coding, length = HEAD.unpack_from(file)
-    head, body = file[HEAD.size : HEAD.size + length], file[HEAD.size + length : -32]
     try:
+        *_, coding, length = HEAD.unpack_from(file)
+        head, body = file[HEAD.size : HEAD.size + length], file[HEAD.size + length : -32]
         said = text.decode(head) if coding else zlib.decompressobj(-15, WORDS).decompress(head)
         header = json.loads(said)
         sizes = [e[5] for e in header["tensors"] if len(e) == 6]
@@ -210,7 +211,7 @@ def taken(file: bytes) -> tuple[dict[str, Any], list[bytes], int]:
         for size in sizes:
             sections.append(body[4 : 4 + size])
             body = body[4 + size :]
-    except (zlib.error, ValueError, TypeError, KeyError, IndexError, WhetError):
+    except (*ODD, ValueError, TypeError, KeyError, IndexError):
         return {"tensors": [], "structure": {}, "graph": {}}, [], 0
     return header, sections, coding
 
