@@ -65,19 +65,29 @@ def test_the_operations_are_what_the_formula_says(layer, shape, ratio, kernel):
     assert new == pytest.approx((1 / ratio + cheap) * old, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", ["plain_cnn", "residual_cnn"])
-def test_data_and_steps_bring_the_outputs_nearer(apply, name):
+@pytest.mark.parametrize("ratio", [2, 4])
+def test_no_channel_has_several_kernels(ratio):
+    """The runtimes have fast kernels for as many groups as inputs and outputs only."""
+    cheap = list(ghosts(LAYERS["plain"][0], ratio, 3)[1])[1:]
+    assert len(cheap) == ratio - 1
+    assert all(each.groups == each.in_channels == each.out_channels for each in cheap)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("plain_cnn", 2), ("plain_cnn", 4), ("residual_cnn", 2)]
+)
+def test_data_and_steps_bring_the_outputs_nearer(apply, name, ratio):
     task, errors = tiny_task(name), []
     for data, steps in ((False, 0), (True, 0), (True, 40)):
         given = task if data else dataclasses.replace(task, train=None, calibration=None)
-        work = apply(given, Ghost(steps=steps, lr=1e-2, calibrate=0))
+        work = apply(given, Ghost(ratio=ratio, steps=steps, lr=1e-2, calibrate=0))
         x = torch.cat([x for x, _ in task.calibration])
         with torch.no_grad():
             y = task.model[0](x)
             errors.append(error(work.model[0], x, y))
             if not steps:  # the computed outputs are those of the layer
-                kept = [k for k, place in enumerate(work.model[0][2].order) if place < 8]
-                assert len(kept) == 8
+                kept = [k for k, place in enumerate(work.model[0][2].order) if place < 16 // ratio]
+                assert len(kept) == 16 // ratio
                 torch.testing.assert_close(work.model[0](x)[:, kept], y[:, kept])
     assert errors[1] < errors[0]
     assert errors[2] < errors[1]

@@ -16,7 +16,8 @@ Needs: nothing; with calibration data it is refitted. Costs: least squares with 
     for each ghost, `steps` of Adam for each layer.
 
 Departures: the paper trains its modules from scratch; here the computed filters are the network's
-    own. No BatchNorm and no activation between the two.
+    own. No BatchNorm and no activation between the two. Where ratio > 2 the ghosts are as many
+    convolutions side by side: the runtimes are slow at several kernels for one channel.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ class Ghost(SubstituteTechnique):
     def refit(self, module: Any, layer: Any, x: Tensor, y: Tensor) -> None:
         with torch.no_grad():
             z = module[0](x)
-            cheap, order = module[1][1], torch.tensor(module[2].order)
             goal = torch.empty_like(y)
-            goal[:, order] = y  # ghosts stand behind the computed ones
-            regress(cheap, z, goal[:, z.shape[1] :])
+            goal[:, torch.tensor(module[2].order)] = y  # ghosts stand behind the computed ones
+            parts = list(zip(module[1], goal.split(z.shape[1], 1), strict=True))
+            for cheap, part in parts[1:]:
+                regress(cheap, z, part)
 
 
 def followers(weight: Tensor, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,19 +101,20 @@ def ghosts(layer: Any, ratio: int, kernel: int) -> nn.Sequential:
         kernel: edge of the cheap kernels.
     """
     chosen, following, factors = followers(layer.weight.detach().flatten(1), ratio)
-    behind = following.flatten()
     spec, n = placeable.describe(layer), len(layer.kernel_size)
     first: Any = placeable.construct(spec | {"out": len(chosen)})
     first.weight.copy_(layer.weight[chosen])
     flat = {"kernel_size": [kernel] * n, "padding": [kernel // 2] * n, "padding_mode": "zeros"}
     flat |= {"stride": [1] * n, "dilation": [1] * n, "groups": len(chosen)}
-    cheap: Any = placeable.construct(spec | flat | {"in": len(chosen), "out": len(behind)})
-    cheap.weight.zero_()
-    cheap.weight.flatten(1)[:, kernel**n // 2] = factors.flatten().to(cheap.weight)
     if layer.bias is not None:
         first.bias.copy_(layer.bias[chosen])
-        inside = factors.to(layer.bias) * layer.bias[chosen][:, None]
-        cheap.bias.copy_(layer.bias[behind] - inside.flatten())
-    order = torch.cat([chosen, behind]).argsort()
-    both = Concat([nn.Identity(), cheap])
-    return nn.Sequential(first, both, Reorder(order.tolist()))
+    beside: list[nn.Module] = [nn.Identity()]
+    for behind, factor in zip(following.T, factors.T.to(layer.weight), strict=True):
+        cheap: Any = placeable.construct(spec | flat | {"in": len(chosen), "out": len(behind)})
+        cheap.weight.zero_()
+        cheap.weight.flatten(1)[:, kernel**n // 2] = factor
+        if layer.bias is not None:
+            cheap.bias.copy_(layer.bias[behind] - factor * layer.bias[chosen])
+        beside.append(cheap)
+    order = torch.cat([chosen, following.T.flatten()]).argsort()
+    return nn.Sequential(first, Concat(beside), Reorder(order.tolist()))
