@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
 from whet.rungs import ranks
+from whet.rungs.factors import Layer
+from whet.techniques.factorize.svd import Svd
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.95, 0.999, 1.0])
@@ -80,3 +83,27 @@ def test_sides_may_change_places():
         found.add(ranks.by_vbmf(matrix))
         assert ranks.by_vbmf(matrix) == ranks.by_vbmf(matrix.T)
     assert len(found) > 2
+
+
+@pytest.mark.parametrize(
+    ("knobs", "wanted"),
+    [
+        ({"energy": 0.5}, 8),  # 5 and 6 of the directions keep it
+        ({"energy": 0.5, "multiple_of": 1}, 6),
+        ({"energy": 0.5, "multiple_of": 4}, 8),
+        ({"energy": 0.5, "multiple_of": 16}, 12),  # full rank is as far as it goes
+        ({"rank": "ratio", "ratio": 0.99, "multiple_of": 1}, 8),
+        ({"rank": "ratio", "ratio": 0.99, "multiple_of": 3}, 6),  # no more than was allowed
+        ({"rank": "ratio", "ratio": 0.6}, 5),  # there is no lower one
+    ],
+)
+def test_the_rank_of_a_convolution_is_a_multiple(knobs, wanted):
+    conv = nn.Conv2d(4, 12, 3)  # 12 x 36
+    conv.weight.data = torch.linalg.qr(torch.randn(36, 12))[0].T.reshape(12, 4, 3, 3)
+    assert Svd(saving=0, **knobs).rounded(Layer(conv)) == [wanted]
+
+
+def test_that_of_a_linear_layer_need_not_be():
+    linear = nn.Linear(36, 12)
+    linear.weight.data = torch.linalg.qr(torch.randn(36, 12))[0].T
+    assert Svd(energy=0.5).rounded(Layer(linear)) == [6]

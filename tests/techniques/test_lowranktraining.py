@@ -39,8 +39,8 @@ def test_with_the_penalty_less_is_left_at_the_same_energy(apply, name):
     sizes = []
     for strength in (0.0, 0.2):
         torch.manual_seed(0)
-        technique = LowRankTraining(epochs=8, lr=0.02, strength=strength, energy=0.9, saving=0)
-        model = apply(task, technique).model
+        knobs = {"strength": strength, "energy": 0.9, "saving": 0, "multiple_of": 1}
+        model = apply(task, LowRankTraining(epochs=8, lr=0.02, **knobs)).model
         sizes.append(sum(p.numel() for p in model.parameters()))
     assert sizes[1] < 0.8 * sizes[0]
 

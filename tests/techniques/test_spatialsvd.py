@@ -72,7 +72,7 @@ def test_at_a_planted_rank_the_layers_compute_the_same(layer):
 @pytest.mark.parametrize("energy", [0.4, 0.7])
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n.endswith("cnn")])
 def test_it_factors_where_both_parameters_and_work_fall(factored, name, energy):
-    _, pairs = factored(tiny_task(name), SpatialSvd(energy=energy, saving=0.15))
+    _, pairs = factored(tiny_task(name), SpatialSvd(energy=energy, saving=0.15, multiple_of=1))
     for module, twin, count in pairs:
         assert count <= 0.85 * module.weight.numel()
         W = module.weight.detach().double()
@@ -80,7 +80,7 @@ def test_it_factors_where_both_parameters_and_work_fall(factored, name, energy):
 
 
 def test_what_it_is_not_for_is_named(apply, refuses):
-    notes = apply(tiny_task("depthwise_cnn"), SpatialSvd(energy=0.5)).notes
+    notes = apply(tiny_task("depthwise_cnn"), SpatialSvd(energy=0.5, multiple_of=1)).notes
     assert "left alone, as it is grouped: ['3', '9.depth.0']." in notes
     assert "left alone, as its kernel is 1: ['6', '9.expand.0', '9.project.0']." in notes
     assert "left alone, as it has no kernel in two dimensions: ['12']." in notes

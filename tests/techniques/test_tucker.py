@@ -125,7 +125,7 @@ def test_a_stride_makes_the_first_layer_dear(apply):
         nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, 2, 1),
         nn.Flatten(), nn.Linear(256, 4),
     ))  # fmt: skip
-    work = apply(task, Tucker(rank="ratio", ratio=0.6, saving=0.4))
+    work = apply(task, Tucker(rank="ratio", ratio=0.6, saving=0.4, multiple_of=1))
     assert isinstance(work.model[1], nn.Sequential)
     assert isinstance(work.model[2], nn.Conv2d)
     assert "2 stays: ranks 10, 10 of 16x16x3x3 saves too little." in work.notes
@@ -137,26 +137,32 @@ def test_work_alone_is_not_enough(apply, refuses):
         nn.Conv2d(3, 16, 1), nn.AdaptiveAvgPool2d(2), nn.Conv2d(16, 16, 3, padding=4),
         nn.Flatten(), nn.Linear(1024, 4),
     ))  # fmt: skip
-    model = apply(task, Tucker(rank="ratio", ratio=0.85, saving=0.15)).model
+    technique = Tucker(rank="ratio", ratio=0.85, saving=0.15, multiple_of=1)
+    model = apply(task, technique).model
     assert model[2][0].out_channels == 13  # 0.841 of the parameters, 0.756 of the MACs
-    refuses(task, Tucker(rank="ratio", ratio=0.85, saving=0.2), "none of 1 convolutions would get")
+    refuses(
+        task,
+        Tucker(rank="ratio", ratio=0.85, saving=0.2, multiple_of=1),
+        "none of 1 convolutions would get",
+    )
 
 
 def test_by_variational_bayes_the_planted_ranks_are_found(apply):
     task = tiny_task("plain_cnn")
     W = planted(32, 16, (3, 3), 3, 5).float()
     task.model[3].weight.data = 2 * W + torch.randn(W.shape)
-    thin_layers = apply(task, Tucker(rank="vbmf", only=("3",))).model[3]
+    thin_layers = apply(task, Tucker(rank="vbmf", only=("3",), multiple_of=1)).model[3]
     assert [layer.out_channels for layer in thin_layers] == [3, 5, 32]
 
 
+@pytest.mark.parametrize("multiple", [1, 8, 16])
 @pytest.mark.parametrize("sides", [(3, 16), (16, 2), (1, 40)])
-def test_no_side_gets_a_rank_that_the_other_cannot_fill(sides):
+def test_no_side_gets_a_rank_that_the_other_cannot_fill(sides, multiple):
     """The core's unfolding [r2, 9 r1] has no more than 9 r1 directions."""
     layer = Layer(nn.Conv2d(*sides, 3))
-    for ratio in (0.1, 0.3, 0.6, 0.8):
-        technique = Tucker(rank="ratio", ratio=ratio)
-        r1, r2 = technique.chosen(layer)
+    for knobs in [{"ratio": r} for r in (0.1, 0.3, 0.6, 0.8)] + [{"energy": 0.5}, {"energy": 0.1}]:
+        technique = Tucker(rank=next(iter(knobs)), multiple_of=multiple, **knobs)
+        r1, r2 = technique.rounded(layer)
         assert r1 <= 9 * r2
         assert r2 <= 9 * r1
         made = technique.factor(layer, (r1, r2))

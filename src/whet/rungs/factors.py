@@ -116,6 +116,18 @@ class FactorTechnique(RankTechnique):
     It is done only where that saves parameters and operations.
     """
 
+    tiny: ClassVar[dict[str, Any]] = RankTechnique.tiny | {"multiple_of": 1}
+
+    multiple_of: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=256,
+            description="ranks of convolutions are multiples of this: others may take twice as "
+            "long; by ratio the next lower one where there is one, else the next higher",
+        ),
+    ] = 8
+
     @abstractmethod
     def unfit(self, module: nn.Module) -> str:
         """Why it leaves a plain layer alone; empty where it does not."""
@@ -141,6 +153,16 @@ class FactorTechnique(RankTechnique):
         size = lambda r: parameters(self.specs(layer, r))  # noqa: E731
         return self.cut(self.matrices(layer), self.full(layer), size, math.prod(layer.shape))
 
+    def rounded(self, layer: Layer) -> list[int]:
+        """These, those of a convolution at multiples; full ranks stay full."""
+        found = self.chosen(layer)
+        if len(layer.shape) == 2:
+            return found
+        if self.rank == "ratio":
+            return [r - r % self.multiple_of or r for r in found]
+        found = [r + -r % self.multiple_of for r in found]
+        return [min(pair) for pair in zip(found, self.full(layer), strict=True)]
+
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:
         every = self.model_copy(update={"only": ()})
         return list(every.candidates(model, input_shapes(model, example))[0])
@@ -159,7 +181,7 @@ class FactorTechnique(RankTechnique):
                 left[path] = "the calibration data never ran it"
                 continue
             layer = Layer(module, None if moments is None else moments[path])
-            found = self.chosen(layer)
+            found = self.rounded(layer)
             if self._saves(layer, found, shapes[path]):
                 surgery.replace(work.model, path, self.factor(layer, found))
                 factored += 1

@@ -38,7 +38,7 @@ class Cp(FactorTechnique):
     """Factor every ungrouped convolution where that saves at least `saving`."""
 
     acts_on: ClassVar[str] = "convolutions"
-    tiny: ClassVar[dict[str, Any]] = {"ratio": 0.3, "sweeps": 10, "starts": 1}
+    tiny: ClassVar[dict[str, Any]] = {"ratio": 0.3, "sweeps": 10, "starts": 1, "multiple_of": 1}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {"ratio": (0.7, 0.5, 0.35, 0.25)}
 
     rank: Rule = "ratio"

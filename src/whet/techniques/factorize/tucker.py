@@ -47,8 +47,8 @@ class Tucker(FactorTechnique):
     def matrices(self, layer: Layer) -> list[Tensor]:
         return [unfolded(layer.weight, 1), unfolded(layer.weight, 0)]
 
-    def chosen(self, layer: Layer) -> list[int]:
-        r1, r2 = super().chosen(layer)
+    def rounded(self, layer: Layer) -> list[int]:
+        r1, r2 = super().rounded(layer)
         places = math.prod(layer.shape[2:])
         # a core [r2, r1, d, d] has no more directions: rank r2 <= r1 d^2, r1 <= r2 d^2
         return [min(r1, r2 * places), min(r2, r1 * places)]
