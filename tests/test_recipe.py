@@ -8,8 +8,11 @@ import pytest
 
 from whet import catalog
 from whet.errors import BadInput, BadOrder
+from whet.packed import forms
 from whet.recipe import Recipe, built_in
+from whet.rungs.rounding import affine
 from whet.task import Task
+from whet.technique import Work
 from whet.testing import tiny_task
 
 
@@ -117,6 +120,36 @@ def test_orders_that_make_no_sense(task: Task, steps: list[str], words: str):
         f"apply {steps[-1] if 'Put .*' not in words else steps[0]}"
     )
     assert f"step {len(steps) if 'Put .*' not in words else 1}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("Gptq", {"only": ["0"]}), ("Gptq", {"only": ["0", "3"]})),
+        (("Gptq", {"only": ["0"]}), ("Hqq", {"only": ["0.1"]})),
+        (("Gptq", {"only": ["0*"]}), ("Gptq", {"only": ["3"]})),
+        (("Gptq", {}), ("Gptq", {"only": ["3"]})),
+        (("Gptq", {"only": ["0"]}), ("Gptq", {})),
+        # channels that are cut at 3 are cut in its neighbours
+        (("Gptq", {"only": ["0"]}), ("L1Filters", {"only": ["3"]})),
+    ],
+)
+def test_places_that_touch_are_not_apart(task, first, second):
+    with pytest.raises(BadOrder):
+        Recipe([catalog.technique(*step) for step in (first, second)]).check(task)
+
+
+def test_places_apart_may_have_forms_of_their_own(task):
+    steps = [("Gptq", {"only": ["0"], "bits": 8}), ("Gptq", {"only": ["3"], "bits": 3})]
+    recipe = Recipe([catalog.technique(*step) for step in steps])
+    recipe.check(task)
+    work = Work(copy.deepcopy(task.model), task.model, task)
+    for step in recipe.steps:
+        step.apply(work)
+    bits = {
+        path.removesuffix(".weight"): affine(form).bits_wide for path, _, form in forms(work.model)
+    }
+    assert bits == {"0": 8, "3": 3}
 
 
 def test_orders_that_make_sense(task: Task):

@@ -69,7 +69,7 @@ class Recipe:
             BadInput: the task lacks what a step needs.
             BadOrder: a step would break what an earlier one makes, or comes before what it wants.
         """
-        made: dict[type, int] = {}
+        made: dict[type, list[int]] = {}
         for place, step in enumerate(self.steps, start=1):
             for need in sorted(step.needs, key=lambda n: n.name):
                 if not need.met(task):
@@ -79,20 +79,23 @@ class Recipe:
                         "Add them to the task, or take the step out of the recipe.",
                     )
             self._check_order(step, place, made)
-            made |= dict.fromkeys(step.makes, place)
+            for form in step.makes:
+                made.setdefault(form, []).append(place)
 
-    def _check_order(self, step: Technique, place: int, made: Mapping[type, int]) -> None:
+    def _check_order(self, step: Technique, place: int, made: Mapping[type, list[int]]) -> None:
         for form in sorted(step.spoils, key=lambda f: f.__name__):
-            if form in made:
-                other = self.steps[made[form] - 1]
+            for before in made.get(form, ()):
+                other = self.steps[before - 1]
                 maker = other.name
+                if apart(step, other):
+                    continue
                 swap = (
                     "Take one of the two out."
                     if step.makes & other.spoils
                     else f"Put {step.name} before {maker}."
                 )
                 raise BadOrder(
-                    f"apply {step.name} (step {place}) after {maker} (step {made[form]})",
+                    f"apply {step.name} (step {place}) after {maker} (step {before})",
                     f"it would break the {form.__name__} forms that {maker} makes",
                     swap,
                 )
@@ -104,6 +107,19 @@ class Recipe:
                     f"no earlier step makes the {form.__name__} forms it works on",
                     f"Put {' or '.join(makers)} before {step.name}.",
                 )
+
+
+def apart(one: Technique, other: Technique) -> bool:
+    """Whether both make forms where they say, and none of these places lies in another."""
+    if not (one.makes and other.makes):
+        return False  # a cut reaches into the neighbours of the places that it names
+    first: tuple[str, ...] = getattr(one, "only", ())
+    second: tuple[str, ...] = getattr(other, "only", ())
+    if not (first and second) or any(set(place) & set("*?[") for place in first + second):
+        return False
+    return not any(
+        f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in first for b in second
+    )
 
 
 BUILT_IN: tuple[tuple[str, dict[str, Any]], ...] = (

@@ -11,6 +11,7 @@ from whet.search.menu import Attempt, Tries, changed, counts, draw, total, tried
 from whet.techniques.factorize.cp import Cp
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude
+from whet.techniques.quantize.gptq import Gptq
 from whet.techniques.quantize.roundtonearest import RoundToNearest
 from whet.testing import tiny_task
 
@@ -189,3 +190,13 @@ def test_what_saves_bytes_need_not_save_time_where_bytes_count():
     tries = Slow(1e6, {"RoundToNearest": 1.0}, clock=lambda step: 1.0)
     verdicts = draw(tries, {"macs", "bytes"}, ["RoundToNearest"]).verdicts
     assert verdicts == {"RoundToNearest": "taken"}
+
+
+def test_what_the_finish_would_break_is_no_choice():
+    names = ["Gptq", "KMeansShare", "L1Filters"]
+    tries = Slow(1e6, dict.fromkeys(names, 1.0))
+    verdicts = draw(tries, {"macs", "bytes"}, names, [Gptq(bits=4)]).verdicts
+    assert verdicts["L1Filters"] == "taken"
+    assert verdicts["Gptq"] == "Gptq at the end would break the Affine and Grouped forms it makes"
+    assert verdicts["KMeansShare"] == "Gptq at the end would break the Lookup forms it makes"
+    assert "taken" in draw(tries, {"macs", "bytes"}, names[:1], []).verdicts.values()

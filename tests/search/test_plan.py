@@ -14,6 +14,7 @@ from whet.techniques.factorize.svd import Svd
 from whet.techniques.prune.dropblocks import DropBlocks
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.quantize.awq import Awq
+from whet.techniques.quantize.hqq import Hqq
 
 BASE = {f"{b}.{c}": (1000, 400) for b in ("x", "y") for c in ("1", "2")} | {"out": (100, 40)}
 
@@ -56,6 +57,29 @@ def test_a_block_and_what_is_inside_exclude_each_other():
         assert group[0] == ()
         assert all(len({o.option.technique.name for o in bundle}) <= 1 for bundle in group)
     assert sorted(map(len, groups)) == [2, 4, 4]
+
+
+def test_the_weights_of_a_place_get_one_form():
+    def packed(kind, place, bits):
+        layers = {place: (1000, bits * 10)}
+        return Offer(Option(kind(bits=bits, only=(place,)), place, "bits", bits), 0.1, layers)
+
+    with_forms = menu()
+    for place in ("x.1", "out"):
+        for kind in (Awq, Hqq):
+            offers = [packed(kind, place, bits) for bits in (4, 2)]
+            with_forms.offers[kind.__name__, place] = offers
+    for group in plans.bundles(with_forms):
+        for bundle in group:
+            made = [o.option.place for o in bundle if o.option.technique.makes]
+            assert len(made) == len(set(made))
+    together = {
+        frozenset(o.option.technique.name for o in bundle)
+        for group in plans.bundles(with_forms)
+        for bundle in group
+    }
+    assert {"L1Filters", "Awq"} in together  # channels are cut first
+    assert {"Hqq"} in together
 
 
 @pytest.mark.parametrize("limit", [0.9, 0.7, 0.5, 0.3])

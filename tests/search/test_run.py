@@ -79,6 +79,27 @@ def test_the_next_plan_is_the_strongest_that_should_be_bearable(monkeypatch, roo
     assert plan.deviation <= max(room, 0.02)
 
 
+def test_what_no_trial_meets_is_told_with_the_nearest():
+    search = run.Search.__new__(run.Search)
+    search.task = tiny_task("plain_cnn")
+    goals = Goals(drop="1pp", macs="0.5x", size="0.9x")
+    search.wish, search.bounds = SimpleNamespace(goals=goals, minimize="latency"), goals.limits()
+    trial = {"size": 0.8, "latency": 1.0, "original": {"size": 100, "macs": 100, "latency": 1.0}}
+    search.trials = [
+        trial | {"drop": 0.0, "macs": 1.0},
+        trial | {"drop": 0.12, "macs": 0.45},
+        trial | {"drop": 0.005, "macs": 0.7},
+        trial | {"drop": 0.03, "macs": 0.52},
+    ]
+    best = min(search.trials, key=search._rank)
+    assert search._over(search.trials[3]) == pytest.approx({"drop": 0.02, "macs": 0.02})
+    assert best is search.trials[2]  # one limit missed, and by the least
+    said = "no trial meets all limits; nearest in macs is 2: drop +12.00pp of 1pp, "
+    assert search._nearest(best) == [f"{said}size 0.800x of 0.9x, macs 0.450x of 0.5x."]
+    search.trials.append(trial | {"drop": 0.01, "macs": 0.5})
+    assert search._nearest(search.trials[-1]) == []
+
+
 class Counted:
     """Batches that count how often they were read to the end."""
 

@@ -85,22 +85,23 @@ class Bench:
         self.began, self.proofs = time.monotonic(), [0.0]
         self.timed: dict[str, Profile] = {}
 
-    def menu(self, wanted: set[str], targets: list[Target], way: Way | None) -> Menu:
+    def menu(self, wanted: set[str], targets: list[Target], way: Way, timed: bool) -> Menu:
         """Every option alone: see `menu.draw`.
 
         Args:
             wanted: costs that are to fall, "macs" or "bytes".
             targets: the runtimes in question.
-            way: how plans will end, where their latency matters.
+            way: how plans will end.
+            timed: whether their latency matters.
         """
         batches = self.task.statistics() or self.task.validation or []
         known = answers(self.task.model, list(limited(batches, EXAMPLES)), EXAMPLES)
         patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
         base = counts(self.task.model, self.task.example)
         attempt = Attempt(self.task, known, base, targets, self.settings.seed)
-        clock = None if way is None else lambda step: self._faster([step], way)
+        clock = (lambda step: self._faster([step], way)) if timed else None
         tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell, clock)
-        return draw(tries, wanted, self.wish.techniques)
+        return draw(tries, wanted, self.wish.techniques, finishing(way.finish))
 
     def profiles(self, menu: Menu, way: Way) -> list[Profile]:
         """All plans timed layer by layer in the runtime: the untouched network, some at random."""

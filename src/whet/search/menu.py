@@ -180,18 +180,24 @@ def tried(kind: type[Technique], knobs: Mapping[str, Any]) -> Technique:
     return kind(**{**few, **knobs})
 
 
-def draw(tries: Tries, wanted: set[str], only: Sequence[str] | None) -> Menu:
+def draw(
+    tries: Tries,
+    wanted: set[str],
+    only: Sequence[str] | None,
+    finish: Sequence[Technique] = (),
+) -> Menu:
     """Screen the catalogue, then try what stays at every place.
 
     Args:
         tries: of this network.
         wanted: costs that are to fall: "macs" (for the sake of latency too), "bytes".
         only: names of the techniques to look at; None for all.
+        finish: what is done behind every plan.
     """
     menu = Menu(tries.attempt.base)
     options = [
         Option(tried(kind, {"only": (place,), knob: value}), place, knob, value)
-        for kind in _screened(tries, menu, wanted, only)
+        for kind in _screened(tries, menu, wanted, only, finish)
         for place in tries.places(kind)
         for knob, value in _rungs(kind)
     ]
@@ -208,12 +214,16 @@ def _rungs(kind: type[Technique]) -> list[tuple[str, Any]]:
 
 
 def _screened(
-    tries: Tries, menu: Menu, wanted: set[str], only: Sequence[str] | None
+    tries: Tries,
+    menu: Menu,
+    wanted: set[str],
+    only: Sequence[str] | None,
+    finish: Sequence[Technique],
 ) -> list[type[Technique]]:
     """The techniques that are worth trying place by place; why not the others, in the menu."""
     kinds = {n: kind for n, kind in catalog.techniques().items() if only is None or n in only}
     for name, kind in kinds.items():
-        reason = _unfit(kind, tries, wanted)
+        reason = _unfit(kind, tries, wanted) or _broken(kind, finish)
         if reason is not None:
             menu.verdicts[name] = reason
 
@@ -336,6 +346,15 @@ def _half(kind: type[Technique]) -> Technique:
     if len(values) == 1 and isinstance(middle, float):
         middle /= 2
     return tried(kind, {knob: middle})
+
+
+def _broken(kind: type[Technique], finish: Sequence[Technique]) -> str | None:
+    """Why a technique does not go with what comes behind every plan."""
+    for step in finish:
+        broken = sorted(form.__name__ for form in kind.makes & step.spoils)
+        if broken:
+            return f"{step.name} at the end would break the {' and '.join(broken)} forms it makes"
+    return None
 
 
 def _unfit(kind: type[Technique], tries: Tries, wanted: set[str]) -> str | None:

@@ -61,18 +61,25 @@ def bundles(menu: Menu) -> list[list[Bundle]]:
             inside[max(holds, key=lambda b: len(b[1]))].append(key)
         else:
             loose.append(key)
-    groups = []
+    groups = _axes(menu, loose)
     for key in menu.offers:
-        if key in loose:
-            groups.append([(), *[(offer,) for offer in menu.offers[key]]])
-        elif key in whole:
-            axes = [[(), *[(o,) for o in menu.offers[k]]] for k in inside[key]]
+        if key in whole:
+            axes = _axes(menu, inside[key])
             while math.prod(map(len, axes)) > MOST:
                 longest = max(range(len(axes)), key=lambda k: len(axes[k]))
                 axes[longest].pop()
             joint = [sum(each, ()) for each in itertools.product(*axes)]
             groups.append([*joint, *[(offer,) for offer in menu.offers[key]]])
     return groups
+
+
+def _axes(menu: Menu, keys: Iterable[tuple[str, str]]) -> list[list[Bundle]]:
+    """What can be chosen apart from all else; of forms for the weights of one place, one."""
+    axes: dict[tuple[str, str], list[Bundle]] = {}
+    for name, place in keys:
+        mine = "" if catalog.techniques()[name].makes else name
+        axes.setdefault((mine, place), [()]).extend((o,) for o in menu.offers[name, place])
+    return list(axes.values())
 
 
 def _empties(menu: Menu, offer: Offer) -> bool:

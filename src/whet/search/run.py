@@ -180,13 +180,14 @@ class Search:
         self.way = self._way(targets)
         costly = {*self._limits(), self.wish.minimize} & COSTS.keys()
         wanted = {COSTS[name] for name in costly}
-        menu = self.bench.menu(wanted, targets, self.way if "latency" in costly else None)
+        menu = self.bench.menu(wanted, targets, self.way, timed="latency" in costly)
         costs = Costs(menu.base, self.bench.profiles(menu, self.way))
         self._explore(menu, costs)
         if "latency" in costly:
             for trial, ratio in zip(self.trials, self.bench.together(self.trials), strict=True):
                 trial["latency"] = ratio
         best = min(self.trials, key=self._rank)
+        self.notes += self._nearest(best)
         said = self._said(menu, best)
         chosen = read_result(self.task, self.home / best["folder"])
         options = self.bench.options(best["target"])
@@ -425,14 +426,29 @@ class Search:
 
     def _rank(self, trial: Mapping[str, Any]) -> tuple[float, ...]:
         """Smaller is better: limits missed, by how much, then what is minimized."""
-        over = []
-        for name, limit in self._limits().items():
-            over.append(excess(trial[name], limit) / limit)
-        if "drop" in self.bounds:
-            over.append(100 * excess(trial["drop"], self.bounds["drop"][0]))
+        limits = self._limits() | {"drop": 0.01}
+        over = [much / limits[name] for name, much in self._over(trial).items()]
         if "memory" in self.bounds:  # it is measured and not predicted
             over += [1.0 for goal in trial["goals"] if goal["name"] == "memory" and not goal["met"]]
         return (float(sum(map(bool, over))), sum(over), trial[self.wish.minimize])
+
+    def _over(self, trial: Mapping[str, Any]) -> dict[str, float]:
+        """The limits that a trial misses, by how much."""
+        limits = self._limits()
+        if "drop" in self.bounds:
+            limits["drop"] = self.bounds["drop"][0]
+        over = {name: excess(trial[name], limit) for name, limit in limits.items()}
+        return {name: much for name, much in over.items() if much}
+
+    def _nearest(self, best: Mapping[str, Any]) -> list[str]:
+        """Of each limit that even the best trial misses, the trial that comes nearest to it."""
+        names = dict.fromkeys(["drop", *self._limits()])
+        found = []
+        for name in self._over(best):
+            place, trial = min(enumerate(self.trials, start=1), key=lambda each: each[1][name])
+            figures = ", ".join(self._figure(each, trial) for each in names)
+            found.append(f"no trial meets all limits; nearest in {name} is {place}: {figures}.")
+        return found
 
     def _unreachable(self, limits: Mapping[str, float], error: solve.Unreachable) -> BadInput:
         near = ", ".join(f"{n} {v:.3g}x" for n, v in error.costs.items())
@@ -526,7 +542,7 @@ def _same(plan: Plan) -> tuple[int, ...]:
 
 def _beats(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Whether one trial is at least as good in everything and better in something."""
-    pairs = [(first[n], second[n]) for n in ("drop", "latency", "size")]
+    pairs = [(first[n], second[n]) for n in ("drop", *COSTS)]
     return all(a <= b for a, b in pairs) and any(a < b for a, b in pairs)
 
 
