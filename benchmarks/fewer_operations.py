@@ -71,6 +71,9 @@ CONVOLUTIONS: dict[str, Cut] = {
     "Cp": halved("Cp", starts=1),
     "DepthwiseSeparable, 3 terms": fixed("DepthwiseSeparable", terms=3, skip=FIRST),
     "DepthwiseSeparable, 1 term": fixed("DepthwiseSeparable", terms=1, skip=FIRST),
+    "DepthwiseSeparable, 1 term, 1,000 steps": fixed(
+        "DepthwiseSeparable", terms=1, skip=FIRST, steps=1000, examples=1024
+    ),
     "Ghost, ratio 2": fixed("Ghost", ratio=2, skip=FIRST),
     "Fire, squeeze 0.75": fixed("Fire", squeeze=0.75, skip=FIRST),
     "InputResolution, 22x22": fixed("InputResolution", scale=0.7),
