@@ -4,7 +4,7 @@
 
 Three small networks on scikit-learn's digits. A first search of each gives measured points. Goals
 in reach are random subsets of such a point, each cost 5 to 30 % wider; those out of reach are a
-fifth of the least that was measured, and have to be refused with the nearest. A kill is SIGKILL to
+fiftieth of the least that was measured, and have to be refused with the nearest. A kill is SIGKILL to
 `whet compress` at a random moment; the same command with --resume has to end with the recipe of
 the search that nobody killed.
 """
@@ -176,7 +176,7 @@ def main() -> None:
         for turn in range(options.infeasible):
             name, cost = names[turn % len(names)], COSTS[turn % len(COSTS)]
             least = min(point[cost] for point in known[name])
-            print(judged(name, {"drop": "1pp", cost: f"{least / 5:.4f}x"}), flush=True)
+            print(judged(name, {"drop": "1pp", cost: f"{least / 50:.4f}x"}), flush=True)
     if options.kills:
         with tempfile.TemporaryDirectory() as folder:
             undisturbed, _, seconds = killed(Path(folder), None)
