@@ -4,8 +4,8 @@
 
 Three small networks on scikit-learn's digits. A first search of each gives measured points. Goals
 in reach are random subsets of such a point, each cost 5 to 30 % wider; those out of reach are a
-fiftieth of the least that was measured, and have to be refused with the nearest. A kill is SIGKILL to
-`whet compress` at a random moment; the same command with --resume has to end with the recipe of
+fiftieth of the least that was measured, and have to be refused with the nearest. A kill is SIGKILL
+to `whet compress` at a random moment; the same command with --resume has to end with the recipe of
 the search that nobody killed.
 """
 
