@@ -7,6 +7,8 @@ from torch import nn
 from whet.rungs import ranks
 from whet.rungs.factors import Layer
 from whet.techniques.factorize.svd import Svd
+from whet.techniques.factorize.tucker import Tucker
+from whet.testing import tiny_task
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.5, 0.9, 0.95, 0.999, 1.0])
@@ -101,6 +103,14 @@ def test_the_rank_of_a_convolution_is_a_multiple(knobs, wanted):
     conv = nn.Conv2d(4, 12, 3)  # 12 x 36
     conv.weight.data = torch.linalg.qr(torch.randn(36, 12))[0].T.reshape(12, 4, 3, 3)
     assert Svd(saving=0, **knobs).rounded(Layer(conv)) == [wanted]
+
+
+def test_what_is_put_in_place_has_it(apply):
+    task = tiny_task("plain_cnn")
+    model = apply(task, Tucker(energy=0.5, multiple_of=4)).model
+    pairs = [m for m in model.modules() if isinstance(m, nn.Sequential) and m is not model]
+    assert pairs
+    assert all(thin.out_channels % 4 == 0 for pair in pairs for thin in pair)
 
 
 def test_that_of_a_linear_layer_need_not_be():

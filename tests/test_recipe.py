@@ -139,6 +139,12 @@ def test_places_that_touch_are_not_apart(task, first, second):
         Recipe([catalog.technique(*step) for step in (first, second)]).check(task)
 
 
+def test_all_steps_before_are_looked_at(task):
+    steps = [catalog.technique("Gptq", {"only": [place]}) for place in ("0", "3", "0")]
+    with pytest.raises(BadOrder, match=r"\(step 3\) after Gptq \(step 1\)"):
+        Recipe(steps).check(task)
+
+
 def test_places_apart_may_have_forms_of_their_own(task):
     steps = [("Gptq", {"only": ["0"], "bits": 8}), ("Gptq", {"only": ["3"], "bits": 3})]
     recipe = Recipe([catalog.technique(*step) for step in steps])

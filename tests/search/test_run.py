@@ -173,11 +173,14 @@ def test_a_long_recovery_goes_on_from_a_short_one(found):
 def test_the_choice_is_among_trials_that_were_timed_together(tmp_path, monkeypatch):
     """Trials are made minutes apart: the first of them is the fastest in the end."""
     said = [0.25, 0.5, 0.75]
+    nearest = lambda self, best: [f"what is near {best['latency']}"]  # noqa: E731
+    monkeypatch.setattr(run.Search, "_nearest", nearest)
     monkeypatch.setattr(bench.Bench, "together", lambda self, trials: said[: len(trials)])
     options = QUICK | {"trials": 1, "finals": 1, "epochs": 0.5, "minimize": "latency"}
     result = run.search(tiny_task("plain_cnn"), drop="100pp", workspace=tmp_path / "w", **options)
     trials = result.readings["search"]["trials"]
     assert [trial["latency"] for trial in trials] == said[: len(trials)]
+    assert "what is near 0.25" in result.readings["search"]["notes"]
     assert [trial["taken"] for trial in trials] == [True, *[False] * (len(trials) - 1)]
     assert len(trials) > 1
 

@@ -93,6 +93,20 @@ def test_data_and_steps_bring_the_outputs_nearer(apply, name, ratio):
     assert errors[2] < errors[1]
 
 
+def test_every_ghost_is_refitted(apply):
+    task = tiny_task("plain_cnn")
+    module = apply(task, Ghost(ratio=4, steps=0, calibrate=0)).model[0]
+    x = torch.cat([x for x, _ in task.calibration])
+    with torch.no_grad():
+        y = task.model[0](x)
+        best = error(module, x, y)
+        for cheap in list(module[1])[1:]:
+            for share in (0.9, 1.1):  # least squares: no other is nearer
+                cheap.weight.mul_(share)
+                assert error(module, x, y) > best
+                cheap.weight.div_(share)
+
+
 def test_what_stays_is_named_with_its_reason(apply, refuses):
     work = apply(tiny_task("depthwise_cnn"), Ghost(steps=0, kernel=1))
     assert "3 stays: it has groups." in work.notes
