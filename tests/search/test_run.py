@@ -100,19 +100,6 @@ def test_what_no_trial_meets_is_told_with_the_nearest():
     assert search._nearest(search.trials[-1]) == []
 
 
-def test_of_trials_that_lose_nothing_the_fastest_is_taken():
-    search = run.Search.__new__(run.Search)
-    search.wish, search.bounds = SimpleNamespace(minimize="drop"), {}
-    trials = [
-        {"drop": 0.0, "latency": 0.9},
-        {"drop": -0.003, "latency": 1.5},  # an image more is right
-        {"drop": 0.001, "latency": 0.3},
-    ]
-    assert sorted(trials, key=search._rank) == trials
-    search.wish = SimpleNamespace(minimize="latency")
-    assert sorted(trials, key=search._rank) == trials[2:] + trials[:2]
-
-
 class Counted:
     """Batches that count how often they were read to the end."""
 

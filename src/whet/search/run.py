@@ -425,18 +425,12 @@ class Search:
         }
 
     def _rank(self, trial: Mapping[str, Any]) -> tuple[float, ...]:
-        """Smaller is better: limits missed, by how much, what is minimized, then the latency.
-
-        Where the drop is minimized nothing is better than none: a gain is mostly chance.
-        """
+        """Smaller is better: limits missed, by how much, then what is minimized."""
         limits = self._limits() | {"drop": 0.01}
         over = [much / limits[name] for name, much in self._over(trial).items()]
         if "memory" in self.bounds:  # it is measured and not predicted
             over += [1.0 for goal in trial["goals"] if goal["name"] == "memory" and not goal["met"]]
-        least = trial[self.wish.minimize]
-        if self.wish.minimize == "drop":
-            least = max(least, 0.0)
-        return (float(sum(map(bool, over))), sum(over), least, trial["latency"])
+        return (float(sum(map(bool, over))), sum(over), trial[self.wish.minimize])
 
     def _over(self, trial: Mapping[str, Any]) -> dict[str, float]:
         """The limits that a trial misses, by how much."""
