@@ -13,6 +13,7 @@ from torch import nn
 
 from whet import catalog
 from whet.demo import Shortcut
+from whet.graph.placeable import Reorder
 from whet.optional import installed
 from whet.targets.onnxfile import Deployable
 from whet.targets.onnxgraph import OnnxGraph
@@ -424,3 +425,21 @@ def test_products_that_cannot_be_one_stay(other: str):
         assert list(node.output) == ["c", "d"]
         assert graph.arrays["w"].shape == (4, 5)
         assert graph.arrays["ws"].tolist() == [1.0, 2.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+def test_channels_in_another_order_are_right_behind_a_relu_and_a_convolution(tmp_path):
+    """The runtime reads wrong channels where they are put in order by a Gather."""
+    torch.manual_seed(0)
+    order = Reorder(torch.randperm(16).tolist())
+    norm: Any = nn.BatchNorm2d(16)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 2)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), order, norm, nn.ReLU(), nn.Conv2d(16, 8, 1), nn.Flatten()
+    ).eval()
+    x, target = torch.randn(1, 3, 8, 8), OpenVino()
+    path = target.lower(net, (x,)).write(tmp_path / "net.onnx")
+    got = torch.as_tensor(target.open(path, 1, "f32").run([x.numpy()])[0])
+    torch.testing.assert_close(got, net(x).detach(), atol=1e-5, rtol=1e-5)
+    assert "Gather" not in [node.op_type for node in onnx.load(path).graph.node]

@@ -99,6 +99,26 @@ def keep_grids(graph: OnnxGraph) -> None:
             graph.drop_unread(to)
 
 
+def mix_channels(graph: OnnxGraph) -> None:
+    """Gather(images, channels in another order) becomes a 1x1 convolution, in floats.
+
+    Version 2026.4 gives other results for a Gather with BatchNorm, ReLU and a convolution behind
+    it, and takes longer.
+    """
+    for node in list(graph.of_kind("Gather")):
+        order, shape = graph.arrays.get(node.input[1]), graph.shapes.get(node.input[0], ())
+        if order is None or len(shape) != 4 or facts(node).get("axis", 0) != 1:
+            continue
+        codes = graph.maker(node.input[0], "DequantizeLinear") is not None
+        if codes or sorted(order.flatten().tolist()) != list(range(shape[1])):
+            continue
+        name, place = f"{node.output[0]}/order", graph.places[id(node)]
+        graph.arrays[name] = np.eye(shape[1], dtype=np.float32)[order][:, :, None, None]
+        graph.drop(node)
+        made = helper.make_node("Conv", [node.input[0], name], list(node.output))
+        graph.add(made, place)
+
+
 def _grid(graph: OnnxGraph, node: NodeProto) -> list[tuple[Any, ...]] | None:
     """The two numbers of a grid, to compare; None where they are more or not known."""
     held = [graph.arrays.get(name) for name in node.input[1:]]
@@ -212,7 +232,7 @@ class OpenVino(Target):
     }
     signed_inputs: ClassVar[bool] = True
     widths: ClassVar[frozenset[int]] = frozenset({4, 8})
-    rules = (add_to_accumulators, keep_grids, join_products)
+    rules = (add_to_accumulators, keep_grids, join_products, mix_channels)
 
     def open(self, path: Path, threads: int, precision: str) -> _Session:
         return _Session(path, threads, precision)
