@@ -113,6 +113,13 @@ def test_what_is_put_in_place_has_it(apply):
     assert all(thin.out_channels % 4 == 0 for pair in pairs for thin in pair)
 
 
+def test_a_layer_that_stays_for_its_multiples_is_told_so(apply):
+    task = tiny_task("plain_cnn")
+    notes = [apply(task, Tucker(energy=0.5, multiple_of=m)).notes for m in (1, 16)]
+    told = "0 stays: ranks 3, 16 of 16x3x3x3 saves too little. Ranks are multiples of 16."
+    assert [told in each for each in notes] == [False, True]
+
+
 def test_that_of_a_linear_layer_need_not_be():
     linear = nn.Linear(36, 12)
     linear.weight.data = torch.linalg.qr(torch.randn(36, 12))[0].T

@@ -11,6 +11,7 @@ import yaml
 
 from whet import catalog
 from whet.errors import BadInput, BadOrder
+from whet.rungs.layers import skipped
 from whet.task import Task
 from whet.technique import Technique
 
@@ -117,9 +118,8 @@ def apart(one: Technique, other: Technique) -> bool:
     second: tuple[str, ...] = getattr(other, "only", ())
     if not (first and second) or any(set(place) & set("*?[") for place in first + second):
         return False
-    return not any(
-        f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in first for b in second
-    )
+    pairs = [(place, second) for place in first] + [(place, first) for place in second]
+    return not any(skipped(place, others) for place, others in pairs)
 
 
 BUILT_IN: tuple[tuple[str, dict[str, Any]], ...] = (

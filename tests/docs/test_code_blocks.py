@@ -7,7 +7,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+PAGES = sorted(
+    page for where in ("*.md", "docs/**/*.md", "benchmarks/*.md") for page in ROOT.glob(where)
+)
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
@@ -48,3 +50,14 @@ def test_links_to_files_lead_somewhere(page):
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", BLOCK.sub("", page.read_text())):
         if "://" not in link:
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_the_index_of_benchmarks_names_every_table():
+    folder = ROOT / "benchmarks"
+    index = (folder / "README.md").read_text()
+    for page in folder.glob("*.md"):
+        if page.name != "README.md":
+            assert f"]({page.name}" in index
+            for head in re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE):
+                anchor = re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-")
+                assert f"[{head}]({page.name}#{anchor})" in index, f"{page.name}: {head}"

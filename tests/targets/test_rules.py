@@ -443,3 +443,54 @@ def test_channels_in_another_order_are_right_behind_a_relu_and_a_convolution(tmp
     got = torch.as_tensor(target.open(path, 1, "f32").run([x.numpy()])[0])
     torch.testing.assert_close(got, net(x).detach(), atol=1e-5, rtol=1e-5)
     assert "Gather" not in [node.op_type for node in onnx.load(path).graph.node]
+
+
+class Picked(nn.Module):
+    """Channels of an image by numbers, and the first one alone."""
+
+    def __init__(self, order: list[int] | int, scale: float) -> None:
+        super().__init__()
+        self.order, self.scale = order, scale
+        self.layer = nn.Conv2d(len(order) if isinstance(order, list) else 1, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(self.order, int):
+            return self.layer(x[:, self.order][:, None] / self.scale)
+        return self.layer(x.index_select(1, torch.tensor(self.order)) / self.scale)
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+@pytest.mark.parametrize(
+    ("order", "channels", "kind", "mixed"),
+    [
+        ([2, 0, 1], 3, torch.float32, True),
+        ([2, 0], 3, torch.float32, False),  # some are left out
+        ([2, 0, 0], 3, torch.float32, False),
+        (0, 1, torch.float32, False),
+        ([2, 1, 0], 3, torch.uint8, False),  # no convolution of bytes
+    ],
+)
+def test_only_channels_of_floats_that_change_places_are_mixed(
+    tmp_path, order, channels, kind, mixed
+):
+    net, x = Picked(order, 2.0).eval(), (50 * torch.rand(1, channels, 6, 6)).to(kind)
+    target = OpenVino()
+    path = target.lower(net, (x,)).write(tmp_path / "net.onnx")
+    got = torch.as_tensor(target.open(path, 1, "f32").run([x.numpy()])[0])
+    torch.testing.assert_close(got, net(x).detach(), atol=1e-4, rtol=1e-5)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert kinds.count("Conv") == 1 + mixed
+
+
+@pytest.mark.skipif(not installed("openvino"), reason="openvino is not installed")
+def test_codes_in_another_order_are_right(tmp_path):
+    order = Reorder(torch.randperm(16).tolist())
+    net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), order, nn.Conv2d(16, 4, 3), nn.Flatten())
+    task, target = tiny_task(net.eval()), OpenVino()
+    work = Work(copy.deepcopy(net), net, task, targets=[target])
+    catalog.technique("StaticInt8").apply(work)
+    path = target.lower(work.model, task.example).write(tmp_path / "net.onnx")
+    got = torch.as_tensor(target.open(path, 1, "f32").run([task.example[0].numpy()])[0])
+    want = work.model.eval()(*task.example).detach()
+    # a sum on the edge of two codes may fall to either
+    assert float((got - want).abs().max()) < 0.02 * float(want.abs().max())

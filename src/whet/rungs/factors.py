@@ -123,8 +123,8 @@ class FactorTechnique(RankTechnique):
         Field(
             ge=1,
             le=256,
-            description="ranks of convolutions are multiples of this: others may take twice as "
-            "long; by ratio the next lower one where there is one, else the next higher",
+            description="ranks of convolutions are multiples of this, as others may take twice "
+            "as long: the next lower one by ratio, if there is one, the next higher by other rules",
         ),
     ] = 8
 
@@ -188,7 +188,9 @@ class FactorTechnique(RankTechnique):
             else:
                 which = ("rank " if len(found) == 1 else "ranks ") + ", ".join(map(str, found))
                 sides = "x".join(map(str, layer.shape))
-                work.notes.append(f"{path} stays: {which} of {sides} saves too little.")
+                even = len(layer.shape) > 2 and self.multiple_of > 1
+                why = f" Ranks are multiples of {self.multiple_of}." if even else ""
+                work.notes.append(f"{path} stays: {which} of {sides} saves too little.{why}")
             work.tell(done + 1, len(fit))
         work.notes += by_reason(left)
         if not factored:

@@ -33,10 +33,13 @@ class OnnxGraph:
     def __init__(self, proto: ModelProto) -> None:
         self.inputs, self.outputs = list(proto.graph.input), list(proto.graph.output)
         self.arrays = {i.name: numpy_helper.to_array(i) for i in proto.graph.initializer}
-        self.shapes = {
-            value.name: tuple(size.dim_value for size in value.type.tensor_type.shape.dim)
-            for value in [*proto.graph.value_info, *self.inputs]
+        kinds = {
+            value.name: value.type.tensor_type for value in [*proto.graph.value_info, *self.inputs]
         }
+        self.shapes = {
+            name: tuple(size.dim_value for size in kind.shape.dim) for name, kind in kinds.items()
+        }
+        self.floats = {n for n, kind in kinds.items() if kind.elem_type == TensorProto.FLOAT}
         self.nodes: dict[int, NodeProto] = {}
         self.made: dict[str, NodeProto] = {}
         self.read: dict[str, list[NodeProto]] = {}

@@ -100,23 +100,22 @@ def keep_grids(graph: OnnxGraph) -> None:
 
 
 def mix_channels(graph: OnnxGraph) -> None:
-    """Gather(images, channels in another order) becomes a 1x1 convolution, in floats.
+    """Gather(images, channels in another order) becomes a 1x1 convolution.
 
-    Version 2026.4 gives other results for a Gather with BatchNorm, ReLU and a convolution behind
-    it, and takes longer.
+    Version 2026.4 reads wrong channels where a convolution, of floats or codes, stands behind a
+    ReLU and a Gather.
     """
     for node in list(graph.of_kind("Gather")):
-        order, shape = graph.arrays.get(node.input[1]), graph.shapes.get(node.input[0], ())
-        if order is None or len(shape) != 4 or facts(node).get("axis", 0) != 1:
+        x, index = node.input
+        order, shape = graph.arrays.get(index), graph.shapes.get(x, ())
+        if order is None or order.ndim != 1 or len(shape) != 4 or x not in graph.floats:
             continue
-        codes = graph.maker(node.input[0], "DequantizeLinear") is not None
-        if codes or sorted(order.flatten().tolist()) != list(range(shape[1])):
+        if facts(node).get("axis", 0) != 1 or sorted(order) != list(range(shape[1])):
             continue
         name, place = f"{node.output[0]}/order", graph.places[id(node)]
         graph.arrays[name] = np.eye(shape[1], dtype=np.float32)[order][:, :, None, None]
         graph.drop(node)
-        made = helper.make_node("Conv", [node.input[0], name], list(node.output))
-        graph.add(made, place)
+        graph.add(helper.make_node("Conv", [x, name], list(node.output)), place)
 
 
 def _grid(graph: OnnxGraph, node: NodeProto) -> list[tuple[Any, ...]] | None:

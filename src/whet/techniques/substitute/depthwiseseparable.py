@@ -15,8 +15,8 @@ Needs: nothing; with calibration data it is refitted. Costs: a small SVD for eac
     least squares with terms x inputs unknowns, `steps` of Adam for each layer.
 
 Departures: no BatchNorm and no activation between the two. One SVD gives all terms. The runtimes
-    are slow at several kernels for one channel, twice as slow as at as many channels with a kernel
-    each: the input stands `terms` times beside itself instead (but for layers with groups).
+    take up to three times as long for several kernels of one channel as for as many channels with
+    a kernel each: the input stands `terms` times beside itself (but for layers with groups).
 """
 
 from __future__ import annotations
