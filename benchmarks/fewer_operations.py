@@ -25,14 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-import torch.nn.functional as F
 from cifar10_resnet import cifar
-from safetensors.torch import load_model, save_model
 from torch import nn
 from vs_torch_pruning import affordable
 
 from whet import catalog
-from whet.fit import Schedule, fit
 from whet.graph import folding
 from whet.graph.trace import macs
 from whet.runner import seed_all
@@ -112,7 +109,8 @@ def main() -> None:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if options.network == "vgg":
-            task = trained(task, options.epochs, folder / "vgg.safetensors")
+            task = replace(task, model=vgg(), name="cifar10-vgg")
+            task = measuring.trained(task, options.epochs, folder / "vgg.safetensors")
         for name, cut in {"the network": None, **rows}.items():
             if not all(kept(folder, target, name).exists() for target in targets):
                 net = recovered(task, name, cut, options.minutes, options.lr) if cut else task.model
@@ -157,19 +155,6 @@ def folded(task: Task, model: nn.Module) -> nn.Module:
     twin = copy.deepcopy(model)
     folding.fold_all(twin, task.example)
     return twin
-
-
-def trained(task: Task, epochs: float, file: Path) -> Task:
-    """The task with a VGG-style network trained on its images, or read from `file`."""
-    model = vgg()
-    if file.exists():
-        load_model(model, file)
-        return replace(task, model=model.eval(), name="cifar10-vgg")
-    batches, loss = task.validation or [], lambda x, y, z: F.cross_entropy(z, y)
-    schedule = Schedule(epochs=epochs, lr=0.05, weight_decay=5e-4)
-    fit(model, task.train or [], loss, schedule, lambda m: evaluate(m, batches, ACCURACY))
-    save_model(model, str(file))
-    return replace(task, model=model, name="cifar10-vgg")
 
 
 def vgg() -> nn.Sequential:

@@ -9,18 +9,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
 from torch import nn
 
 from whet import catalog
+from whet.fit import Schedule, fit
 from whet.graph.trace import macs
 from whet.measure import latency, quality
 from whet.measure.signature import signature
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
-from whet.task import Task, batch_size
+from whet.task import ACCURACY, Task, batch_size, evaluate
 from whet.technique import Work
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+
+def trained(task: Task, epochs: float, file: Path) -> Task:
+    """The task, its network trained by the labels, or with the weights that lie in `file`."""
+    if file.exists():
+        load_model(task.model, file)
+    else:
+        batches, loss = task.validation or [], lambda x, y, z: F.cross_entropy(z, y)
+        schedule = Schedule(epochs=epochs, lr=0.05, weight_decay=5e-4)
+        judge = lambda model: evaluate(model, batches, ACCURACY)  # noqa: E731
+        fit(task.model, task.train or [], loss, schedule, judge)
+        save_model(task.model, str(file))
+    task.model.eval()
+    return task
 
 
 def rows(

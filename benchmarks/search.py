@@ -1,11 +1,14 @@
-"""A search on a CIFAR ResNet beside what one technique alone and the built-in recipe reach.
+"""A search on a CIFAR network beside what one technique alone and the built-in recipe reach.
 
     WHET_DATA=... python benchmarks/search.py 56 --drop 0.5pp --time 30m --target auto
     WHET_DATA=... python benchmarks/search.py 56 --rows "search, everything" --again FOLDER
+    WHET_DATA=... python benchmarks/search.py vgg16 --weights vgg16.safetensors
 
-The searches get the same time. The pretrained networks have seen every training image, so that the
+The searches get the same time. The pretrained ResNets have seen every training image, so that the
 drop on any of these says nothing; one half of the test images stands in for unseen validation data,
-the other half judges, read once a row. The cost is the latency of the deployed file over the
+the other half judges, read once a row. VGG-16 has no pretrained weights here: it is trained first,
+or read from --weights; 5,000 training images are its validation data, and all test images judge.
+The cost is the latency of the deployed file over the
 original's in its runtime. Rank correlations are those of what was predicted and what was measured,
 over the trials. With --again nothing is searched: what a search of these rows has kept in FOLDER
 (--output) is timed, all of it in turns in the same processes, a few times.
@@ -22,12 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import measuring
+import torch
 from cifar10_resnet import cifar
+from real_speed import vgg16
 
 import whet
 from whet import catalog
 from whet.measure import latency
 from whet.measure.signature import signature
+from whet.runner import seed_all
 from whet.targets.onnxfile import as_arrays
 
 TIMES = 3  # that kept files are timed
@@ -45,7 +51,9 @@ ALONE: dict[str, dict[str, Any]] = {
 def main() -> None:
     """Run every row that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("depth", type=int)
+    parser.add_argument("network", choices=["20", "56", "vgg16"])
+    parser.add_argument("--weights", type=Path, help="VGG-16's; written where it is not there")
+    parser.add_argument("--epochs", type=float, default=8, help="of VGG-16's own training")
     parser.add_argument("--rows", nargs="+", default=list(ALONE), choices=list(ALONE))
     parser.add_argument("--drop", default="0.5pp")
     parser.add_argument("--time", default="30m")
@@ -56,27 +64,40 @@ def main() -> None:
     parser.add_argument("--output", help="folder for the results; none are kept without it")
     parser.add_argument("--again", type=Path, help="folder of kept results to time")
     options = parser.parse_args()
+    task = network(options)
     if options.again:
         for row in options.rows:
-            print(again(cifar(options.depth), options.again / row))
+            print(again(task, options.again / row))
         return
     heads = "row runtime validation_drop_pp test_drop_pp time_ratio bytes_ratio trials minutes met "
     heads += "rank_correlation:_latency drop"
     print("| " + " | ".join(head.replace("_", " ") for head in heads.split()) + " |")
     print("|---" * len(heads.split()) + "|", flush=True)
     for row in options.rows:
-        print(measured(row, options), flush=True)
+        print(measured(row, task, options), flush=True)
     said = signature(options.target, 1, options.seed, 1, 40)
     print(f"\n{said['device']} with {', '.join(said['features'])}, load {said['load']}")
 
 
-def measured(row: str, options: argparse.Namespace) -> str:
+def network(options: argparse.Namespace) -> whet.Task:
+    """The network with validation images that it has not seen."""
+    if options.network == "vgg16":
+        torch.manual_seed(options.seed)
+        task = dataclasses.replace(cifar(20), model=vgg16(), name="cifar10-vgg16")
+        seed_all(options.seed, task)
+        with tempfile.TemporaryDirectory() as temporary:
+            file = options.weights or Path(temporary) / "vgg16.safetensors"
+            return measuring.trained(task, options.epochs, file)
+    task = cifar(int(options.network))
+    unseen = list(task.test or [])
+    return dataclasses.replace(task, validation=unseen[::2], test=unseen[1::2])
+
+
+def measured(row: str, task: whet.Task, options: argparse.Namespace) -> str:
     """One search as a row of the table."""
     began = time.monotonic()
-    task = cifar(options.depth)
-    unseen = list(task.test or [])
     result = whet.compress(
-        dataclasses.replace(task, validation=unseen[::2], test=unseen[1::2]),
+        task,
         drop=options.drop,
         minimize="latency",
         time=options.time,
