@@ -305,19 +305,69 @@ def second_moments(
     """
 
     def sums(path: str, op: str, x: Tensor) -> tuple[Tensor, int] | None:
-        layer = model.get_submodule(path)
         if wanted is not None and path not in wanted:
             return None
-        if op == "linear" and isinstance(layer, nn.Linear):
-            rows = x.reshape(1, -1, x.shape[-1])
-        elif op.startswith("conv") and isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            rows = windows(x, layer)
-        else:
-            return None
-        return rows.transpose(1, 2) @ rows, rows.shape[1]
+        rows = read(op, x, model.get_submodule(path))
+        return None if rows is None else (rows.transpose(1, 2) @ rows, rows.shape[1])
 
     found = averages(model, batches, sums, examples)
     return {path: moment.float() for path, moment in found.items()}
+
+
+@torch.no_grad()
+def moved_moments(
+    model: nn.Module, before: nn.Module, batches: Batches, examples: int | None, path: str
+) -> tuple[Tensor, Tensor] | None:
+    """E[x_hat x_hat^T] and E[(x - x_hat) x_hat^T] of a layer that reads x_hat, and x in `before`.
+
+    Args:
+        model: the network.
+        before: a copy of it from before layers in front changed.
+        batches: the data; both see the same.
+        examples: how many at most.
+        path: the layer's.
+
+    Returns:
+        [groups, d, d] twice, as `second_moments`, or None where the layer does not run. A call that
+        `before` does not make in the same shape counts as unmoved.
+    """
+    layer, calls = model.get_submodule(path), list[Tensor]()
+    H, R, count = torch.zeros(()).double(), torch.zeros(()).double(), 0
+
+    def keep(site: str, op: str, args: tuple[object, ...], out: object) -> None:
+        rows = rows_of(site, op, args)
+        if rows is not None:
+            calls.append(rows)
+
+    def pair(site: str, op: str, args: tuple[object, ...], out: object) -> None:
+        nonlocal H, R, count
+        rows = rows_of(site, op, args)
+        if rows is not None:
+            was = calls.pop(0) if calls else rows
+            moved = was - rows if was.shape == rows.shape else torch.zeros_like(rows)
+            H = H + (rows.transpose(1, 2) @ rows).double()
+            R = R + (moved.transpose(1, 2) @ rows).double()
+            count += rows.shape[1]
+
+    def rows_of(site: str, op: str, args: tuple[object, ...]) -> Tensor | None:
+        ours = site.rpartition("/")[0] == path and args and isinstance(args[0], Tensor)
+        return read(op, args[0], layer) if ours else None  # type: ignore[arg-type]
+
+    with evaluating(model), evaluating(before):
+        for inputs, _ in limited(batches, examples):
+            calls.clear()
+            sites.observed(before, as_arguments(inputs), keep)
+            sites.observed(model, as_arguments(inputs), pair)
+    return ((H / count).float(), (R / count).float()) if count else None
+
+
+def read(op: str, x: Tensor, layer: nn.Module) -> Tensor | None:
+    """What each filter of a layer reads of x, [groups, n, d]; None of other operations."""
+    if op == "linear" and isinstance(layer, nn.Linear):
+        return x.reshape(1, -1, x.shape[-1])
+    if op.startswith("conv") and isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return windows(x, layer)
+    return None
 
 
 def windows(x: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:
