@@ -3,7 +3,8 @@
     WHET_DATA=... OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/smallest_cifar.py 20
 
 Baselines are int8 codes behind zstd -19 and the Deep Compression recipe; the points of the curve
-are EntropyPenalized at fixed rates. Bytes are those of the whole model.whet, with the fast codec
+are RateConstrained without training, every layer making up for those in front of it, and
+EntropyPenalized at fixed rates. Bytes are those of the whole model.whet, with the fast codec
 and with any that makes it smallest; the first baseline's is one whose codes stand as they are.
 The network has seen all training images, so that validation says little of the drop: rates and
 epochs were fixed beforehand, and the 10,000 test images are read once a row.
@@ -48,12 +49,17 @@ def deep(epochs: float) -> Steps:
     ]
 
 
-def rows(rates: list[float], epochs: float) -> dict[str, Steps]:
+def rows(untrained: list[float], rates: list[float], epochs: float) -> dict[str, Steps]:
     """What is done for each row."""
+    each = {"examples": 1024, "sweeps": 999}  # at most one for each layer
     found: dict[str, Steps] = {
         INT8: alone("RoundToNearest", bits=8, group=0),
         "RateConstrained, 0.02": alone("RateConstrained", rate=0.02),
         DEEP: deep(epochs),
+    }
+    found |= {
+        f"RateConstrained, {rate:g}, mended": alone("RateConstrained", rate=rate, **each)
+        for rate in untrained
     }
     return found | {f"EntropyPenalized, {rate:g}": priced(rate, epochs) for rate in rates}
 
@@ -62,6 +68,7 @@ def main() -> None:
     """Print a row for every recipe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("depth", type=int)
+    parser.add_argument("--untrained", type=float, nargs="*", default=[0.04, 0.08, 0.12])
     parser.add_argument("--rates", type=float, nargs="*", default=[1.0, 3.0, 6.0, 10.0])
     parser.add_argument("--epochs", type=float, default=6)
     parser.add_argument("--only", nargs="*", help="rows to compute; all without it")
@@ -74,7 +81,7 @@ def main() -> None:
     print(f"ResNet-{options.depth}, float32: {whole:.2%}, {size:,} bytes of parameters\n")
     print("| | fast | smallest | ratio | test % | drop pp | CPU minutes |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    for name, steps in rows(options.rates, options.epochs).items():
+    for name, steps in rows(options.untrained, options.rates, options.epochs).items():
         if options.only is None or name in options.only:
             seed_all(options.seed, task)
             began = time.process_time()
