@@ -36,6 +36,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "Distill": ("Distill", {}),
     "LogitMatch": ("LogitMatch", {}),
     "Dkd": ("Dkd", {}),
+    "Dkd, beta 2": ("Dkd", {"beta": 2.0}),  # what its authors give this teacher
     "Dist": ("Dist", {}),
 }
 FEATURES = (

@@ -79,6 +79,25 @@ def test_moments_are_those_of_what_both_networks_read(name):
         assert torch.allclose(seen[1].double(), wanted, atol=1e-5, rtol=1e-4)
 
 
+def test_a_call_that_only_one_of_both_makes_moves_nothing():
+    class Again(nn.Module):
+        def __init__(self, times):
+            super().__init__()
+            self.layer, self.times = nn.Linear(4, 4), times
+
+        def forward(self, x):
+            for _ in range(self.times):
+                x = self.layer(x)
+            return x
+
+    torch.manual_seed(0)
+    batches = [(torch.randn(5, 4), None) for _ in range(3)]
+    once, twice = Again(1), Again(2)
+    twice.load_state_dict(once.state_dict())
+    assert not statistics.moved_moments(once, twice, batches, None, "layer")[1].any()
+    assert not statistics.moved_moments(twice, once, batches, None, "layer")[1].any()
+
+
 def read_by(model, batches, path):
     """All that a layer reads, [groups, n, d]."""
     found = []

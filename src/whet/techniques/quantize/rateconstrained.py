@@ -18,7 +18,9 @@ Paper: Conzelmann and Bamler 2025, Reducing Storage of Pretrained Neural Network
 Helps when: the file has to be as small as it can be and nothing can be trained.
 Hurts when: speed is wanted, or BatchNorms are not folded: the errors of all outputs of a layer
     weigh alike (put FoldBatchNorm first). EntropyPenalized is smaller where training data is there.
-Needs: calibration data. Costs: three times what Gptq does, and for each weight a look at all codes.
+Needs: calibration data. Costs: three times what Gptq does, and for each weight a look at all codes;
+    with `sweeps` as many as layers, two passes of the data for each, and a ResNet-20 comes a fifth
+    nearer to its parent's answers.
 """
 
 from __future__ import annotations
