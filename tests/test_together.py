@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from whet.errors import Refused
+from whet.errors import BadInput, Refused
 from whet.rungs.teachers import Teacher
 from whet.rungs.together import Present, teach_beside, teach_in_turn, teach_together
 from whet.task import Stream, as_arguments
@@ -74,6 +74,37 @@ def test_each_student_ends_as_if_it_had_been_alone(technique):
 def test_students_whose_features_are_compared_at_different_places():
     task, _ = classroom(validation=False)
     check(FitNet(epochs=1, lr=0.05), task, [Short(4), Net(4)])
+
+
+def test_students_that_learn_by_different_losses_in_one_pass():
+    """A teacher hired for its scores alone is then listened to inside, in front of a BatchNorm."""
+    task, students = classroom(4, 6, 5)
+    inside = AttentionTransfer(at={"first.0": "first.0"}, weight=10.0, **KNOBS)
+    ways = [Distill(**KNOBS), inside, FitNet(**KNOBS)]
+    expected = [alone(way, task, s) for way, s in zip(ways, students, strict=True)]
+    torch.manual_seed(0)
+    works = teach_together(ways, task, students)
+    for work, wanted in zip(works, expected, strict=True):
+        pairs = zip(work.model.parameters(), wanted.model.parameters(), strict=True)
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
+        assert work.notes == wanted.notes
+
+
+@pytest.mark.parametrize(
+    ("ways", "found"),
+    [
+        ([Distill(epochs=2), Distill(epochs=3)], "epochs is 2.0 and 3.0"),
+        ([Distill()], "there are 1 techniques"),
+        ([Distill(), FitNet(), Distill()], "there are 3 techniques"),
+    ],
+)
+def test_techniques_for_other_students_or_of_other_lengths_are_refused(ways, found):
+    task, students = classroom(4, 6)
+    before = copy.deepcopy(students[0].state_dict())
+    with pytest.raises(BadInput) as refused:
+        teach_together(ways, task, students)
+    assert found in refused.value.found
+    assert all(torch.equal(v, before[k]) for k, v in students[0].state_dict().items())
 
 
 def check(technique, task, students):

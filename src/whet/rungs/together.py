@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from whet.fit import Learner, fit_together, widened
+from whet.errors import BadInput
+from whet.fit import Learner, Schedule, fit_together, widened
 from whet.rungs.teachers import Features, Listener, Teacher
 from whet.rungs.teaching import DistillTechnique, Lessons
 from whet.rungs.training import judged, one_of, say
@@ -19,7 +20,7 @@ from whet.technique import Work
 
 
 def teach_together(
-    technique: DistillTechnique,
+    technique: DistillTechnique | Sequence[DistillTechnique],
     task: Task,
     students: Sequence[nn.Module],
     tell: Callable[[int, int], None] = lambda done, of: None,
@@ -30,7 +31,7 @@ def teach_together(
     random state: with weights, and best weights, and random numbers of its own.
 
     Args:
-        technique: the loss, and the schedule.
+        technique: the loss, and the schedule; or one for each student, of one schedule.
         task: data and teachers; by default its model teaches.
         students: trained in place, of any make that gives what the loss compares.
         tell: progress, as tell(done, of).
@@ -39,15 +40,19 @@ def teach_together(
         What each has come to, with its notes.
 
     Raises:
+        BadInput: techniques are not as many as students, or their schedules differ.
         Refused: one of them cannot be compared with a teacher; all are as they were.
     """
     assert task.train is not None
+    one = isinstance(technique, DistillTechnique)
+    ways = [technique] * len(students) if one else list(technique)  # type: ignore[arg-type]
+    schedule = common_schedule(ways, len(students))
     staff, streams = Staff(), [Stream() for _ in students]
     works = [Work(student, task.model, task) for student in students]
     lessons = []
-    for work, stream in zip(works, streams, strict=True):
+    for way, work, stream in zip(ways, works, streams, strict=True):
         with stream:
-            lessons.append(Lessons(technique, work, staff.hire))
+            lessons.append(Lessons(way, work, staff.hire))
     learners = [
         Learner(each.together(), each, judged(task), stream)
         for each, stream in zip(lessons, streams, strict=True)
@@ -55,10 +60,27 @@ def teach_together(
     with ExitStack() as listening:
         for each in lessons:
             listening.enter_context(each.student)
-        scores = fit_together(learners, Announced(task.train, staff.forget), technique, tell)
+        scores = fit_together(learners, Announced(task.train, staff.forget), schedule, tell)
     for work, each in zip(works, scores, strict=True):
         say(work, each)
     return works
+
+
+def common_schedule(ways: Sequence[Schedule], students: int) -> Schedule:
+    """The schedule of all, for so many students.
+
+    Raises:
+        BadInput: they are not as many, or differ in it.
+    """
+    said = {name: {repr(getattr(way, name)) for way in ways} for name in Schedule.model_fields}
+    differing = [f"{name} is {' and '.join(sorted(v))}" for name, v in said.items() if len(v) > 1]
+    if len(ways) != students or differing:
+        raise BadInput(
+            f"teach {students} students in one pass",
+            "; ".join(differing) or f"there are {len(ways)} techniques",
+            "Give one technique, or one for each student, all with one schedule.",
+        )
+    return ways[0]
 
 
 def teach_in_turn(
@@ -183,6 +205,8 @@ class Staff:
         teacher = self.hired.get(id(network))
         if teacher is None:
             teacher = self.hired[id(network)] = Shared(Teacher(network, example, paths))
+        elif paths and not teacher.teacher.listener.paths:
+            teacher.teacher = Teacher(network, example, paths)  # that one's BatchNorms are folded
         teacher.teacher.listener.paths |= paths
         self.forget()
         return teacher
