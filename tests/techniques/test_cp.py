@@ -9,7 +9,7 @@ from torch import nn
 
 from whet.graph import trace
 from whet.rungs.factors import Layer
-from whet.techniques.factorize.cp import Cp, als, projected, sliding
+from whet.techniques.factorize.cp import Cp, als, projected, sliding, solved
 from whet.testing import NETWORKS, tiny_task
 
 
@@ -62,6 +62,19 @@ def test_no_sweep_makes_the_error_larger(shape, rank):
         # the sizes of a term are shared equally
         sizes = torch.stack([f.norm(dim=0) for f in factors])
         torch.testing.assert_close(sizes, sizes[:1].expand_as(sizes))
+
+
+def test_the_least_squares_step_is_exact_and_the_smallest_where_terms_repeat():
+    A, B = torch.randn(9, 12).double(), torch.randn(30, 12).double()
+    torch.testing.assert_close(solved(A @ (B.T @ B), B.T @ B), A)
+    B[:, 5:] = B[:, :7]  # the gram is singular
+    found = solved(A @ (B.T @ B), B.T @ B)
+    torch.testing.assert_close(found, A @ (B.T @ B) @ torch.linalg.pinv(B.T @ B))
+    torch.testing.assert_close(found @ B.T, A @ B.T)
+    B[:, 5:] += 1e-7 * torch.randn(30, 7)  # all but
+    found = solved(A @ (B.T @ B), B.T @ B)
+    assert float(found.norm()) < 2 * float(A.norm())
+    torch.testing.assert_close(found @ B.T, A @ B.T, rtol=1e-4, atol=1e-4)
 
 
 def test_more_starts_are_never_worse():

@@ -38,7 +38,7 @@ NOTHING: Counts = (0, 0)
 FASTER = 0.02  # of the time has to go where a technique acts everywhere
 ALIKE = 0.1  # savings within this share of each other are the same
 # what a try looks at and how long it trains, by the knobs that say it
-FEW = {"calibrate": 64, "examples": 64, "steps": 0}
+FEW = {"calibrate": 64, "examples": 64, "starts": 1, "steps": 0}
 
 
 @dataclass(frozen=True)
@@ -308,17 +308,30 @@ def _fastest(
 
 
 def _first(kind: type[Technique], tries: Tries) -> Technique:
-    """Its mildest rung at its first place."""
+    """Its mildest rung at the place with the most bytes."""
     (knob, value), *_ = _rungs(kind)
-    return tried(kind, {"only": (tries.places(kind)[0],), knob: value})
+    places = tries.places(kind)
+    place = max(places, key=_sizes(places, tries).__getitem__)
+    return tried(kind, {"only": (place,), knob: value})
+
+
+def _sizes(places: Sequence[str], tries: Tries) -> dict[str, int]:
+    """The bytes of the layers at each place, 1 at least."""
+    base = tries.attempt.base.items()
+    inside = {at: [n for path, (_, n) in base if f"{path}.".startswith(f"{at}.")] for at in places}
+    return {place: max(1, sum(each)) for place, each in inside.items()}
 
 
 def _seconds(
     kind: type[Technique], tries: Tries, first: Mapping[str, Any], half: Mapping[str, Any]
 ) -> float:
-    """What all its tries take, from one at one place and one at all; the first may be too easy."""
-    places, (apply, look) = len(tries.places(kind)), first["seconds"]
-    everywhere = max(apply * places, half["seconds"][0]) + look * places
+    """What all its tries take, from one at the largest place and one at all.
+
+    A try takes longer at larger places, at least as much as these are larger. The first may be
+    refused at once, where others are not.
+    """
+    sizes, (apply, look) = _sizes(tries.places(kind), tries).values(), first["seconds"]
+    everywhere = max(apply * sum(sizes) / max(sizes), half["seconds"][0]) + look * len(sizes)
     return everywhere * len(_rungs(kind)) / tries.engine.workers
 
 

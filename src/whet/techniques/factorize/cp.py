@@ -107,7 +107,7 @@ def als(X: Tensor, rank: int, sweeps: int, seed: int) -> tuple[list[Tensor], lis
             seen = projected(X, factors, mode)
             others = [A.T @ A for k, A in enumerate(factors) if k != mode]
             gram = torch.stack(others).prod(dim=0)
-            A = seen @ torch.linalg.pinv(gram, hermitian=True)
+            A = solved(seen, gram)
             error = whole - 2 * float((seen * A).sum()) + float(((A @ gram) * A).sum())
             factors[mode], sizes = _unit(A)
         errors.append(max(error, 0.0))
@@ -115,6 +115,19 @@ def als(X: Tensor, rank: int, sweeps: int, seed: int) -> tuple[list[Tensor], lis
             break
     each = sizes ** (1 / X.ndim)
     return [A * each for A in factors], errors
+
+
+def solved(seen: Tensor, gram: Tensor) -> Tensor:
+    """A with A gram = seen; of several, where terms repeat each other, the smallest.
+
+    Args:
+        seen: [n, r].
+        gram: symmetric, positive semidefinite, [r, r].
+    """
+    lower, failed = torch.linalg.cholesky_ex(gram)
+    if failed or float(lower.diagonal().min()) < 1e-3 * float(lower.diagonal().max()):
+        return seen @ torch.linalg.pinv(gram, hermitian=True)  # ten times as slow at r = 1,600
+    return torch.cholesky_solve(seen.T, lower).T
 
 
 def projected(X: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
