@@ -39,7 +39,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "Distill": ("Distill", {}),
     "LogitMatch": ("LogitMatch", {}),
     "Dkd": ("Dkd", {}),
-    "Dkd, beta 2": ("Dkd", {"beta": 2.0}),  # what its authors give this teacher
+    "Dkd, beta 8": ("Dkd", {"beta": 8.0}),  # what its authors give other teachers
     "Dist": ("Dist", {}),
 }
 FEATURES = (

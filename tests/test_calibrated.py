@@ -103,9 +103,9 @@ def read_by(model, batches, path):
     found = []
 
     def keep(site, op, args, out):
-        if site.rpartition("/")[0] == path:
-            rows = statistics.read(op, args[0], model.get_submodule(path))
-            found.extend([] if rows is None else [rows])
+        layer = model.get_submodule(path)
+        if site.rpartition("/")[0] == path and statistics.reads(op, layer):
+            found.append(statistics.filters(args[0], layer))
 
     with evaluating(model), torch.no_grad():
         for inputs, _ in batches:

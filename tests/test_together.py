@@ -95,6 +95,7 @@ def test_students_that_learn_by_different_losses_in_one_pass():
     [
         ([Distill(epochs=2), Distill(epochs=3)], "epochs is 2.0 and 3.0"),
         ([Distill()], "there are 1 techniques"),
+        ([], "there are 0 techniques"),
         ([Distill(), FitNet(), Distill()], "there are 3 techniques"),
     ],
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -305,10 +306,11 @@ def second_moments(
     """
 
     def sums(path: str, op: str, x: Tensor) -> tuple[Tensor, int] | None:
-        if wanted is not None and path not in wanted:
+        layer = model.get_submodule(path)
+        if (wanted is not None and path not in wanted) or not reads(op, layer):
             return None
-        rows = read(op, x, model.get_submodule(path))
-        return None if rows is None else (rows.transpose(1, 2) @ rows, rows.shape[1])
+        rows = filters(x, layer)
+        return rows.transpose(1, 2) @ rows, rows.shape[1]
 
     found = averages(model, batches, sums, examples)
     return {path: moment.float() for path, moment in found.items()}
@@ -334,24 +336,24 @@ def moved_moments(
     layer, calls = model.get_submodule(path), list[Tensor]()
     H, R, count = torch.zeros(()).double(), torch.zeros(()).double(), 0
 
-    def keep(site: str, op: str, args: tuple[object, ...], out: object) -> None:
-        rows = rows_of(site, op, args)
-        if rows is not None:
-            calls.append(rows)
+    def ours(site: str, op: str, args: tuple[object, ...]) -> bool:
+        tensor = bool(args) and isinstance(args[0], Tensor)
+        return site.rpartition("/")[0] == path and reads(op, layer) and tensor
 
-    def pair(site: str, op: str, args: tuple[object, ...], out: object) -> None:
+    def keep(site: str, op: str, args: tuple[Any, ...], out: object) -> None:
+        if ours(site, op, args):
+            calls.append(args[0].clone())  # the user's code may change it in place
+
+    def pair(site: str, op: str, args: tuple[Any, ...], out: object) -> None:
         nonlocal H, R, count
-        rows = rows_of(site, op, args)
-        if rows is not None:
-            was = calls.pop(0) if calls else rows
-            moved = was - rows if was.shape == rows.shape else torch.zeros_like(rows)
-            H = H + (rows.transpose(1, 2) @ rows).double()
-            R = R + (moved.transpose(1, 2) @ rows).double()
-            count += rows.shape[1]
-
-    def rows_of(site: str, op: str, args: tuple[object, ...]) -> Tensor | None:
-        ours = site.rpartition("/")[0] == path and args and isinstance(args[0], Tensor)
-        return read(op, args[0], layer) if ours else None  # type: ignore[arg-type]
+        if ours(site, op, args):
+            x_hat = args[0]
+            x = calls.pop(0) if calls else x_hat
+            moved = x - x_hat if x.shape == x_hat.shape else torch.zeros_like(x_hat)
+            now, apart = (filters(each, layer) for each in (x_hat, moved))
+            H = H + (now.transpose(1, 2) @ now).double()
+            R = R + (apart.transpose(1, 2) @ now).double()
+            count += now.shape[1]
 
     with evaluating(model), evaluating(before):
         for inputs, _ in limited(batches, examples):
@@ -361,13 +363,16 @@ def moved_moments(
     return ((H / count).float(), (R / count).float()) if count else None
 
 
-def read(op: str, x: Tensor, layer: nn.Module) -> Tensor | None:
-    """What each filter of a layer reads of x, [groups, n, d]; None of other operations."""
-    if op == "linear" and isinstance(layer, nn.Linear):
-        return x.reshape(1, -1, x.shape[-1])
-    if op.startswith("conv") and isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-        return windows(x, layer)
-    return None
+def reads(op: str, layer: nn.Module) -> bool:
+    """Whether an operation is the one that a linear or convolutional layer is there for."""
+    if isinstance(layer, nn.Linear):
+        return op == "linear"
+    return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and op.startswith("conv")
+
+
+def filters(x: Tensor, layer: Any) -> Tensor:
+    """What each filter of such a layer reads of x, [groups, n, d]."""
+    return x.reshape(1, -1, x.shape[-1]) if isinstance(layer, nn.Linear) else windows(x, layer)
 
 
 def windows(x: Tensor, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Tensor:

@@ -44,9 +44,10 @@ def teach_together(
         Refused: one of them cannot be compared with a teacher; all are as they were.
     """
     assert task.train is not None
-    one = isinstance(technique, DistillTechnique)
-    ways = [technique] * len(students) if one else list(technique)  # type: ignore[arg-type]
-    schedule = common_schedule(ways, len(students))
+    if isinstance(technique, DistillTechnique):
+        ways, schedule = [technique] * len(students), technique
+    else:
+        ways, schedule = list(technique), common_schedule(technique, len(students))
     staff, streams = Staff(), [Stream() for _ in students]
     works = [Work(student, task.model, task) for student in students]
     lessons = []
@@ -66,15 +67,15 @@ def teach_together(
     return works
 
 
-def common_schedule(ways: Sequence[Schedule], students: int) -> Schedule:
-    """The schedule of all, for so many students.
+def common_schedule(ways: Sequence[DistillTechnique], students: int) -> DistillTechnique:
+    """One of `ways`, for so many students, whose schedule is that of all.
 
     Raises:
         BadInput: they are not as many, or differ in it.
     """
     said = {name: {repr(getattr(way, name)) for way in ways} for name in Schedule.model_fields}
     differing = [f"{name} is {' and '.join(sorted(v))}" for name, v in said.items() if len(v) > 1]
-    if len(ways) != students or differing:
+    if not ways or len(ways) != students or differing:
         raise BadInput(
             f"teach {students} students in one pass",
             "; ".join(differing) or f"there are {len(ways)} techniques",
