@@ -8,8 +8,8 @@ teacher is sure, though it says most there.
 
 Paper: Zhao et al. 2022, Decoupled Knowledge Distillation.
 Helps when: the teacher is sure of its answers, many classes.
-Hurts when: beta is so large that small scores are all that the student learns: with 8 a ResNet-8 was
-    worse than without a teacher. The authors take 0.5 to 8 by the teacher, 2 for a CIFAR ResNet-56.
+Hurts when: beta is so large that small scores are all that the student learns: with 8 a ResNet-8
+    was worse than without a teacher. The authors take 0.5 to 8, and 2 for a CIFAR ResNet-56.
 Needs: training data with integer labels. Costs: a forward pass of the teacher on top of training.
 """
 
