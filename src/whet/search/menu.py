@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -310,28 +311,23 @@ def _fastest(
 def _first(kind: type[Technique], tries: Tries) -> Technique:
     """Its mildest rung at the place with the most bytes."""
     (knob, value), *_ = _rungs(kind)
-    places = tries.places(kind)
-    place = max(places, key=_sizes(places, tries).__getitem__)
+    sizes: Counter[str] = Counter()  # of every module, what is inside it included
+    for path, (_, size) in tries.attempt.base.items():
+        names = path.split(".")
+        sizes.update({".".join(names[:depth]): size for depth in range(len(names) + 1)})
+    place = max(tries.places(kind), key=lambda place: sizes[place])
     return tried(kind, {"only": (place,), knob: value})
-
-
-def _sizes(places: Sequence[str], tries: Tries) -> dict[str, int]:
-    """The bytes of the layers at each place, 1 at least."""
-    base = tries.attempt.base.items()
-    inside = {at: [n for path, (_, n) in base if f"{path}.".startswith(f"{at}.")] for at in places}
-    return {place: max(1, sum(each)) for place, each in inside.items()}
 
 
 def _seconds(
     kind: type[Technique], tries: Tries, first: Mapping[str, Any], half: Mapping[str, Any]
 ) -> float:
-    """What all its tries take, from one at the largest place and one at all.
+    """What all its tries take at most, from one at the largest place and one at all.
 
-    A try takes longer at larger places, at least as much as these are larger. The first may be
-    refused at once, where others are not.
+    The first may be refused at once, where others are not.
     """
-    sizes, (apply, look) = _sizes(tries.places(kind), tries).values(), first["seconds"]
-    everywhere = max(apply * sum(sizes) / max(sizes), half["seconds"][0]) + look * len(sizes)
+    places, (apply, look) = len(tries.places(kind)), first["seconds"]
+    everywhere = max(apply * places, half["seconds"][0]) + look * places
     return everywhere * len(_rungs(kind)) / tries.engine.workers
 
 

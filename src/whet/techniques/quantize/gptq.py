@@ -16,8 +16,8 @@ Paper: Frantar, Ashkboos, Hoefler and Alistarh 2022, GPTQ: Accurate Post-Trainin
 Helps when: 4 bits and less, nothing can be trained, and inputs are correlated.
 Hurts when: calibration data is scarce or unlike what comes: it fits what it saw. BiasCorrection
     behind it finds nothing: what is kept of a weight is its rounded value.
-Needs: calibration data. Costs: one pass over `examples` of it, or two for each of `sweeps`, and for
-    each layer a Cholesky factor of d x d and out x d^2 operations, d being the weights of a filter.
+Needs: calibration data. Costs: one pass over `examples` of it, two or three for each of `sweeps`;
+    for each layer a Cholesky factor of d x d and out x d^2 operations, d the weights of a filter.
 """
 
 from __future__ import annotations
