@@ -2,12 +2,15 @@
 
     WHET_DATA=... python benchmarks/distill_mnist.py teacher
     WHET_DATA=... python benchmarks/distill_mnist.py no-data
+    WHET_DATA=... python benchmarks/distill_mnist.py statistics other-images
     WHET_DATA=... python benchmarks/distill_mnist.py few-labels --seeds 0 1 2
     WHET_DATA=... python benchmarks/distill_mnist.py peers --seeds 0 1 2 3 4
     WHET_DATA=... python benchmarks/distill_mnist.py ten-images --seeds 0 1 2
 
 teacher: half of LeNet-5-Caffe learns from the whole of it, and from the labels alone. no-data: the
-same with DataFree, which sees neither training nor validation images. few-labels: LeNet-5 on 500
+same with DataFree, which sees neither training nor validation images. statistics: the same, from a
+teacher with BatchNorm, whose statistics of the images count or do not. other-images: the half
+learns what the teacher says of CIFAR-10 in grey, and sees no digit. few-labels: LeNet-5 on 500
 labels, the same for as many steps more, and PseudoLabel with 10,000 unlabeled images (the labeled
 ones are shifted by up to two pixels). peers: the half, drawn anew for each, alone and by the ways
 that need no better teacher. ten-images: LeNet-5 after a few steps on ten learned images, from the
@@ -26,7 +29,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import measuring  # noqa: F401  finds the examples
 import torch
+from cifar10_resnet import images as coloured
 from mnist_quantized import seeded, shown, trained
 from mnist_sparsity import HELD_OUT, images, lenet5, train
 from torch import nn
@@ -41,6 +46,7 @@ from whet.technique import Work
 LABELED, UNLABELED = 500, 10_000
 TAUGHT = trained(8, lr=2e-3)
 NO_DATA = {"steps": 3600, "width": 16, "lr": 5e-3, "alpha": 0.0, "beta": 20.0}
+OTHER = trained(8, lr=2e-3, labels=0.0, weight=1.0)
 FEW, LONGER = trained(60, lr=2e-3), trained(315, lr=1e-3)  # 10 batches an epoch
 PSEUDO = trained(5, lr=1e-3, confidence=0.9, rounds=3)  # at most 210
 
@@ -64,6 +70,14 @@ def half_lenet() -> nn.Module:
     )
 
 
+def normed_lenet() -> nn.Module:
+    """LeNet-5-Caffe with a BatchNorm behind each convolution."""
+    model = lenet5()
+    return nn.Sequential(
+        *(model[0], nn.BatchNorm2d(20), *model[1:3]), *(model[3], nn.BatchNorm2d(50), *model[4:])
+    )
+
+
 def main() -> None:
     """Print the table: a few rows for each seed and setting."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,7 +87,7 @@ def main() -> None:
     parser.add_argument("--validation-only", action="store_true", help="leave the test images out")
     options = parser.parse_args()
     for seed, task in seeded(options):
-        whole = large(task, seed) if {"teacher", "no-data"} & {*options.settings} else None
+        whole = large(task, seed) if ASK_THE_TEACHER & {*options.settings} else None
         for setting in options.settings:
             SETTINGS[setting](task, seed, whole)
 
@@ -89,6 +103,27 @@ def without_data(task: Task, seed: int, whole: float | None) -> None:
     """A student of a teacher whose data is gone."""
     pupil = replace(student(task, seed), train=None)
     row(pupil, ("DataFree", NO_DATA), (seed, "half, DataFree", "98.0"), whole)
+
+
+def statistics(task: Task, seed: int, whole: float | None) -> None:
+    """A student of a teacher with BatchNorm: what its statistics are worth."""
+    torch.manual_seed(seed)
+    task = replace(task, model=normed_lenet())
+    whole = large(task, seed)
+    pupil = replace(student(task, seed), train=None)
+    for gamma in (0.0, 1.0):
+        name = f"half, DataFree, gamma {gamma:g}"
+        row(pupil, ("DataFree", NO_DATA | {"gamma": gamma}), (seed, name, ""), whole)
+
+
+def other_images(task: Task, seed: int, whole: float | None) -> None:
+    """The teacher's answers to images of other things; their labels are not read."""
+    x = coloured("train")[0][:, :, 2:-2, 2:-2].mean(dim=1, keepdim=True)
+    x = (x - x.mean()) / x.std()
+    pupil = replace(
+        student(task, seed), train=Shifted(x, torch.zeros(len(x)).long(), most=1, batch=100)
+    )
+    row(pupil, ("Distill", OTHER), (seed, "half, Distill on CIFAR-10 in grey", ""), whole)
 
 
 def few_labels(task: Task, seed: int, whole: float | None) -> None:
@@ -165,9 +200,12 @@ def row(
     return work.model, shown(task, work.model, said, whole, time.process_time() - began)
 
 
+ASK_THE_TEACHER = {"teacher", "no-data", "other-images"}
 SETTINGS = {
     "teacher": taught,
     "no-data": without_data,
+    "statistics": statistics,
+    "other-images": other_images,
     "few-labels": few_labels,
     "peers": peers,
     "ten-images": ten_images,

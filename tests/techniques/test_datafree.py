@@ -10,14 +10,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from whet import fit
-from whet.rungs.teaching import Teacher, divergence
+from whet.rungs.teaching import divergence
 from whet.technique import Work
 from whet.techniques.distill import datafree
 from whet.techniques.distill.datafree import (
     Critic,
     DataFree,
+    Heard,
     Made,
     balanced,
+    familiar,
     generator,
     strong,
     sure,
@@ -83,15 +85,16 @@ def lesson():
 
 def made(task, **knobs):
     knobs = DataFree(**(SHORT | knobs))
-    critic = Critic(Teacher(task.model, task.example, set()), task.example)
+    critic = Critic(task.model, task.example, statistics=knobs.gamma > 0)
     return Made(knobs, task.model, [critic], task.example[0])
 
 
 def test_features_are_what_the_last_linear_layer_reads():
     task = tiny_task("flatten_cnn")
-    critic = Critic(Teacher(task.model, task.example, set()), task.example)
+    critic = Critic(task.model, task.example, statistics=False)
     images = torch.randn(5, 3, 8, 8, requires_grad=True)
-    scores, features = critic(images)
+    heard = critic(images)
+    scores, features = heard.scores, heard.features
     torch.testing.assert_close(scores, task.model(images))
     torch.testing.assert_close(features, task.model[:-1](images))
     for part in (strong(features), sure(scores), balanced(scores)):
@@ -104,8 +107,67 @@ def test_the_generator_minimizes_the_weighted_sum():
     batch = made(task, alpha=0.3, beta=2.0)
     z, f = torch.randn(8, 4), torch.randn(8, 32)
     expected = sure(z) + 0.3 * strong(f) + 2.0 * balanced(z)
-    torch.testing.assert_close(batch.loss(z, f), expected)
-    torch.testing.assert_close(batch.loss(z, None), sure(z) + 2.0 * balanced(z))
+    torch.testing.assert_close(batch.loss(Heard(z, f, None)), expected)
+    torch.testing.assert_close(batch.loss(Heard(z, None, None)), sure(z) + 2.0 * balanced(z))
+    odd = made(task, alpha=0.3, beta=2.0, gamma=0.7).loss(Heard(z, f, torch.tensor(5.0)))
+    torch.testing.assert_close(odd, expected + 0.7 * 5.0)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.BatchNorm2d])
+def test_a_batch_is_familiar_where_batchnorm_remembers_its_statistics(norm):
+    x = torch.randn(6, 3, 5, 4) if norm is nn.BatchNorm2d else torch.randn(40, 3)
+    layer = norm(3, momentum=1.0).eval()
+    channels = x.transpose(0, 1).flatten(1)
+    layer.running_mean, layer.running_var = channels.mean(1), channels.var(1, unbiased=False)
+    assert float(familiar(x, layer)) == pytest.approx(0, abs=1e-6)
+    normal = torch.distributions.Normal
+    mu, s = torch.randn(3), torch.rand(3) + 0.5
+    remembered = normal(layer.running_mean, layer.running_var.sqrt())
+    each = torch.distributions.kl_divergence(normal(mu, s), remembered)
+    shape = [1, 3] + [1] * (x.ndim - 2)
+    whitened = (x - layer.running_mean.view(shape)) / layer.running_var.sqrt().view(shape)
+    moved = whitened * s.view(shape) + mu.view(shape)
+    torch.testing.assert_close(familiar(moved, layer), each.mean(), rtol=1e-4, atol=1e-4)
+    assert bool(torch.isfinite(familiar(torch.zeros_like(x), layer)))
+
+
+def test_what_batchnorm_remembers_is_compared_in_front_of_every_such_layer():
+    task = tiny_task("plain_cnn")
+    images = torch.randn(5, 3, 8, 8, requires_grad=True)
+    seen = []
+    for module in task.model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda m, args: seen.append(familiar(args[0], m)))
+    outputs = task.model(images)
+    assert len(seen) > 1
+    expected = torch.stack(seen).mean().detach()
+    critic = Critic(task.model, task.example, statistics=True)
+    for _ in range(2):  # a batch's own, not those before it
+        heard = critic(images)
+        torch.testing.assert_close(heard.unfamiliar, expected)
+    torch.testing.assert_close(heard.scores, outputs)
+    (gradient,) = torch.autograd.grad(heard.unfamiliar, images)
+    assert bool(gradient.any())
+    assert Critic(task.model, task.example, statistics=False)(images).unfamiliar is None
+    assert (
+        Critic(perceptron(), (torch.randn(1, 1, 4, 4),), statistics=True)(
+            torch.randn(3, 1, 4, 4)
+        ).unfamiliar
+        is None
+    )
+
+
+def test_the_generator_makes_images_that_are_familiar():
+    task = tiny_task("plain_cnn")
+    z = torch.randn(32, 8)
+    left = []
+    for gamma in (0.0, 10.0):
+        torch.manual_seed(0)
+        batch = made(task, batch=32, width=8, gamma=gamma)
+        for _ in range(40):
+            images, _ = batch.step(z)
+        left.append(float(Critic(task.model, task.example, statistics=True)(images).unfamiliar))
+    assert left[1] < 0.8 * left[0]
 
 
 def test_each_batch_is_what_the_teacher_says_and_moves_the_generator(lesson):
@@ -116,7 +178,7 @@ def test_each_batch_is_what_the_teacher_says_and_moves_the_generator(lesson):
 
     def loss():
         images = batch.generator(z)
-        return float(batch.loss(*batch.critics[0](images)).detach())
+        return float(batch.loss(batch.critics[0](images)).detach())
 
     before = loss()
     for _ in range(30):

@@ -1,34 +1,42 @@
 """DataFree: the student learns from its teacher on images that a generator makes: no data.
 
-    min_G  L_oh + alpha L_a + beta L_ie,   min_S  T^2 KL(p_t^T || p_s^T),   both on x = G(z)
+    min_G  L_oh + alpha L_a + beta L_ie + gamma L_bn,   x = G(z)
+    min_S  T^2 KL(p_t^T || p_s^T)   on the same x
 
     L_oh = CE(z_t, argmax z_t)       the teacher is sure of what it sees
     L_a  = -mean |f_t|               its features are strong
     L_ie = sum_c q_c log q_c         it sees all classes equally often, q = mean softmax(z_t)
+    L_bn = mean KL(N(mu, s^2) || N(mu_t, s_t^2))   its BatchNorm layers see what they saw
 
-f_t is what the teacher's last linear layer reads. Each step makes one batch, from which the student
-learns how the teacher answers; then the generator takes a step.
+f_t is what the teacher's last linear layer reads; mu and s^2 are a channel's mean and variance over
+a batch in front of a BatchNorm, which remembers mu_t and s_t^2 of the real data. Each step makes
+one batch, from which the student learns how the teacher answers; then the generator takes a step.
 
-Paper: Chen et al. 2019, Data-Free Learning of Student Networks.
+Papers: Chen et al. 2019, Data-Free Learning of Student Networks. L_bn: Yin et al. 2020, Dreaming to
+Distill; as a divergence: Haroush et al. 2020, The Knowledge Within.
 Helps when: the training data is lost or secret, and the classes are few and balanced.
 Hurts when: there is data, even unlabeled: Distill is better and cheaper. A student's BatchNorm
     learns the statistics of generated images, which are not those of the real ones.
-Needs: nothing but the teacher; one batch of images in, class scores out.
+Needs: nothing but the teacher; one batch of images in, class scores out. A teacher without
+    BatchNorm has no L_bn.
 Costs: a forward and backward pass of the generator and of the teacher on top of training.
 
 Departures: the student is trained like any other, with a schedule for its learning rate; L_a is the
-mean over features, so that alpha does not depend on their number, as in the authors' code.
+mean over features, so that alpha does not depend on their number, as in the authors' code; L_bn is
+the mean over channels and then over layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from whet.errors import Refused
 from whet.fit import Schedule
@@ -52,6 +60,9 @@ class DataFree(Technique):
     generator_lr: Annotated[float, Field(gt=0, le=10, description="of the generator, Adam")] = 1e-2
     alpha: Annotated[float, Field(ge=0, le=1e6, description="weight of strong features")] = 0.1
     beta: Annotated[float, Field(ge=0, le=1e6, description="weight of balanced classes")] = 5.0
+    gamma: Annotated[
+        float, Field(ge=0, le=1e6, description="weight of the statistics in front of BatchNorm")
+    ] = 1.0
     temperature: Annotated[float, Field(gt=0, le=100, description="T")] = 1.0
     every: Annotated[
         int, Field(ge=1, description="steps between looks at validation data; 10,000 looks at most")
@@ -60,11 +71,11 @@ class DataFree(Technique):
     def apply(self, work: Work) -> None:
         image, example = image_of(self.name, work.task), work.task.example
         networks = work.task.teachers or (work.parent,)
-        critics = [Critic(Teacher(network, example, set()), example) for network in networks]
+        critics = [Critic(network, example, statistics=self.gamma > 0) for network in networks]
         with torch.no_grad(), evaluating(work.model):
             outputs = work.model(*example)
         for critic in critics:
-            check_scores(self.name, work.task, outputs, critic(image)[0])
+            check_scores(self.name, work.task, outputs, critic(image).scores)
             if self.alpha and critic.last is None:
                 raise Refused(
                     self.name,
@@ -102,6 +113,16 @@ def balanced(z: Tensor) -> Tensor:
     return -torch.special.entr(q).sum()
 
 
+def familiar(x: Tensor, norm: BatchNorm) -> Tensor:
+    """Mean over channels of KL(N(mu, s^2) || N(mu_t, s_t^2)); x [batch, channels, ...]."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    rest = [k for k in range(x.ndim) if k != 1]
+    mu, mu_t = x.mean(rest), norm.running_mean
+    v, v_t = x.var(rest, unbiased=False) + norm.eps, norm.running_var + norm.eps
+    # KL = ((mu - mu_t)^2 / s_t^2 + s^2 / s_t^2 - 1 - log(s^2 / s_t^2)) / 2
+    return (((mu - mu_t).square() + v) / v_t - 1 - (v / v_t).log()).mean() / 2
+
+
 def generator(image: Tensor, latent: int, width: int) -> nn.Sequential:
     """[n, latent] -> images of the size of `image`, each channel with mean 0 and variance 1."""
     channels, *size = image.shape[1:]
@@ -119,31 +140,60 @@ def generator(image: Tensor, latent: int, width: int) -> nn.Sequential:
     )
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What a teacher made of a batch.
+
+    Args:
+        scores: z_t, [batch, classes].
+        features: f_t; None: no linear layer was called.
+        unfamiliar: L_bn, 0-d; None: not asked for, or no BatchNorm was called.
+    """
+
+    scores: Tensor
+    features: Tensor | None
+    unfamiliar: Tensor | None
+
+
 class Critic:
     """A teacher that says what it makes of images, and from which features; with a gradient.
 
     Args:
-        teacher: it stays as it is.
+        network: the teacher; it is copied.
         example: one call's inputs.
+        statistics: L_bn is wanted: its BatchNorm layers are not folded.
     """
 
-    def __init__(self, teacher: Teacher, example: tuple[Any, ...]) -> None:
-        self.network = teacher.network
+    def __init__(self, network: nn.Module, example: tuple[Any, ...], *, statistics: bool) -> None:
+        norms = {
+            path
+            for path, module in network.named_modules()
+            if statistics and isinstance(module, BatchNorm) and module.track_running_stats
+        }
+        self.network = Teacher(network, example, norms).network
         self.last: nn.Module | None = None
         self.features: Tensor | None = None
-        for module in self.network.modules():
+        self.unfamiliar: list[Tensor] = []
+        for path, module in self.network.named_modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(self._note)
+            elif path in norms:
+                module.register_forward_pre_hook(self._compare)
         with torch.no_grad():
-            self.network(*example)
+            self(example[0])
 
     def _note(self, module: nn.Module, args: Any) -> None:
         self.last, self.features = module, args[0]
 
-    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _compare(self, module: Any, args: Any) -> None:
+        self.unfamiliar.append(familiar(args[0], module))
+
+    def __call__(self, images: Tensor) -> Heard:
         self.network.to(images.device)
+        self.unfamiliar = []
         scores = self.network(images)
-        return scores, self.features
+        unfamiliar = torch.stack(self.unfamiliar).mean() if self.unfamiliar else None
+        return Heard(scores, self.features, unfamiliar)
 
 
 class Made:
@@ -178,15 +228,17 @@ class Made:
         """Images of `z` and the answers to them; then the generator takes a step."""
         images = self.generator(z)
         heard = [critic(images) for critic in self.critics]
-        loss = torch.stack([self.loss(scores, features) for scores, features in heard]).mean()
+        loss = torch.stack([self.loss(each) for each in heard]).mean()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return images.detach(), [scores.detach() for scores, _ in heard]
+        return images.detach(), [each.scores.detach() for each in heard]
 
-    def loss(self, scores: Tensor, features: Tensor | None) -> Tensor:
-        """L_oh + alpha L_a + beta L_ie, of one teacher."""
-        parts = [sure(scores), self.knobs.beta * balanced(scores)]
-        if features is not None:
-            parts.append(self.knobs.alpha * strong(features))
+    def loss(self, heard: Heard) -> Tensor:
+        """L_oh + alpha L_a + beta L_ie + gamma L_bn, of one teacher."""
+        parts = [sure(heard.scores), self.knobs.beta * balanced(heard.scores)]
+        if heard.features is not None:
+            parts.append(self.knobs.alpha * strong(heard.features))
+        if heard.unfamiliar is not None:
+            parts.append(self.knobs.gamma * heard.unfamiliar)
         return torch.stack(parts).sum()
