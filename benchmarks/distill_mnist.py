@@ -56,7 +56,7 @@ PEERS: dict[str, dict[str, Any]] = {
     "DeepMutual": ALONE | {"noise": None},
     "CoDistill": ALONE | {"noise": None, "epochs": 10},  # a peer sees half of each
 }
-IMAGES = {"per_class": 1, "steps": 1, "passes": 3, "epochs": 30, "lr": 0.05}
+IMAGES = {"per_class": 1, "steps": 1, "passes": 5, "epochs": 8, "lr": 0.02}
 
 
 def half_lenet() -> nn.Module:
@@ -157,8 +157,13 @@ def ten_images(task: Task, seed: int, whole: float | None) -> None:
     """All that the network ever learns from is an image of each class."""
     torch.manual_seed(seed)
     x, y = images("train")
+    model = lenet5()
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.xavier_normal_(module.weight)  # as the paper's; torch's own are small
+            nn.init.zeros_(module.bias)
     task = replace(
-        task, model=lenet5(), train=Shifted(x[:-HELD_OUT], y[:-HELD_OUT], most=0, batch=500)
+        task, model=model, train=Shifted(x[:-HELD_OUT], y[:-HELD_OUT], most=0, batch=128)
     )
     began = time.process_time()
     data = distill_data(task, **IMAGES)

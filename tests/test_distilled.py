@@ -129,6 +129,25 @@ def test_more_steps_do_better(lesson):
     assert sum(more.told[-4:]) < sum(one.told[-4:])
 
 
+def test_a_gradient_that_is_far_too_long_is_shortened(lesson, monkeypatch):
+    task, _ = lesson
+    lengths = []
+    whole = torch.optim.Adam.step
+
+    def step(self, *given):
+        grads = [p.grad.flatten() for group in self.param_groups for p in group["params"]]
+        lengths.append(float(torch.cat(grads).norm()))
+        return whole(self, *given)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    for scale in (1.0, 300.0):
+        by = lambda z, y, scale=scale: scale * F.cross_entropy(z, y)  # noqa: E731
+        distill_data(replace(task, loss=by), epochs=1)
+    short, long = lengths[:4], lengths[4:]
+    assert max(short) < 0.9  # as they are
+    assert long == pytest.approx([1.0] * 4, rel=1e-3)
+
+
 def test_the_network_and_its_frozen_weights_stay(lesson):
     task, _ = lesson
     model = nn.Sequential(nn.Linear(18, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4)).train()

@@ -15,7 +15,8 @@ Hurts when: the network starts elsewhere: the images are made for these weights 
 Needs: training data with class labels; one batch of images or vectors in.
 Costs: for every batch K forward and backward passes, all in memory, differentiated once more.
 
-Departure: the network is in eval mode throughout, so that a BatchNorm keeps its statistics.
+Departures: the network is in eval mode throughout, so that a BatchNorm keeps its statistics; a
+gradient through the K steps longer than 1 is shortened to that, as a few of them are far too long.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from whet.task import Batch, Task, as_arguments, count, evaluating
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Weights = Mapping[str, Tensor]
+LONGEST = 1.0  # gradient by images and step sizes
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def _learn(
                 )
             optimizer.zero_grad()
             x.grad, r.grad = torch.autograd.grad(loss, [x, r])
+            torch.nn.utils.clip_grad_norm_([x, r], LONGEST)
             optimizer.step()
             told.append(float(loss.detach()))
             done += 1
