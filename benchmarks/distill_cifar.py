@@ -1,7 +1,8 @@
-"""ResNet-56 teaches a ResNet-8 and a half-width ResNet-20: every objective under one budget.
+"""ResNet-56 teaches a ResNet-8, a half-width ResNet-20 and a depthwise one, under one budget.
 
     WHET_DATA=... python benchmarks/distill_cifar.py resnet8 --epochs 4
     WHET_DATA=... python benchmarks/distill_cifar.py half --rows labels Distill Dkd --seeds 0 1 2
+    WHET_DATA=... python benchmarks/distill_cifar.py depthwise --rows labels AttentionTransfer
 
 Students start from random weights, the same ones in every row of a seed. The teacher's scores are
 asked once for `--passes` passes over the training images, augmentation included, and lie on disk;
@@ -25,14 +26,18 @@ from cifar10_resnet import cifar
 from torch import nn
 
 from whet import Remembered, catalog
-from whet.demo import ResNet
+from whet.demo import Block, ResNet
 from whet.measure.signature import signature
 from whet.rungs.together import teach_together
 from whet.runner import seed_all
 from whet.task import ACCURACY, Task, evaluate
 from whet.technique import Technique, Work
 
-STUDENTS = {"resnet8": {"depth": 8}, "half": {"depth": 20, "width": 8}}
+STUDENTS = {
+    "resnet8": {"depth": 8},
+    "half": {"depth": 20, "width": 8},
+    "depthwise": {"depth": 14},  # all convolutions but the first: depthwise, then pointwise
+}
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "labels": ("FineTune", {}),
     "LabelSmoothing": ("LabelSmoothing", {}),
@@ -116,7 +121,22 @@ def together(names: list[str], whole: Task, options: Any, seed: int) -> list[str
 def begun(options: Any, seed: int) -> ResNet:
     """A student with the random weights of this seed."""
     torch.manual_seed(seed)
-    return ResNet(**STUDENTS[options.student])
+    student = ResNet(**STUDENTS[options.student])
+    if options.student == "depthwise":
+        for block in student.modules():
+            if isinstance(block, Block):
+                block.conv1, block.conv2 = separable(block.conv1), separable(block.conv2)
+    return student
+
+
+def separable(conv: nn.Conv2d) -> Any:
+    """A 3x3 convolution of each channel and a 1x1 of all, for one that does both."""
+    inner = conv.in_channels
+    return nn.Sequential(
+        nn.Conv2d(inner, inner, 3, conv.stride, 1, groups=inner, bias=False),
+        *(nn.BatchNorm2d(inner), nn.ReLU()),
+        nn.Conv2d(inner, conv.out_channels, 1, bias=False),
+    )
 
 
 def technique(name: str, options: Any) -> Technique:
