@@ -274,6 +274,32 @@ def test_second_moments_are_those_of_all_that_was_read():
     torch.testing.assert_close(few, (flat[:5].T @ flat[:5] / 5)[None])
 
 
+@pytest.mark.parametrize("layer", [*LAYERS.values(), nn.Linear(7, 3)], ids=[*LAYERS, "linear"])
+def test_windows_of_a_large_batch_are_not_held_at_once(layer, monkeypatch):
+    torch.manual_seed(0)
+    shape = [4, 5, 6, 7][: layer.weight.ndim - 1] if layer.weight.ndim > 2 else [7]
+    a, b = torch.randn(2, 9, *shape)
+    rows, others = (statistics.filters(x, layer).double() for x in (a, b))
+    held, whole = [], statistics.windows
+
+    def seen(x, layer):
+        made = whole(x, layer)
+        held.append(made.numel())
+        return made
+
+    monkeypatch.setattr(statistics, "windows", seen)
+    for limit in (1, rows.numel() // 3, 10**9):
+        monkeypatch.setattr(statistics, "HELD", limit)
+        held.clear()
+        found, count = statistics.products(a, b, layer)
+        torch.testing.assert_close(found, rows.transpose(1, 2) @ others, rtol=1e-4, atol=1e-4)
+        assert count == rows.shape[1]
+        if limit < 10**9 and held:
+            assert max(held) < rows.numel() / 2
+    none, count = statistics.products(a[:0], b[:0], layer)
+    assert count == 0 and not none.any()
+
+
 def test_least_divergence_keeps_a_flat_range_and_drops_far_values():
     torch.manual_seed(0)
     flat = filled(torch.rand(100_000) * 2)

@@ -21,6 +21,7 @@ from whet.task import Batches, as_arguments, evaluating, limited
 BINS = 2048
 KEPT = 0.9  # of a moving average, at each batch
 SAMPLE = 2**16  # values of a tensor that are counted; more do not move a range
+HELD = 2**24  # values of a convolution's windows that are held at once, of one example at the least
 
 
 @dataclass
@@ -309,8 +310,7 @@ def second_moments(
         layer = model.get_submodule(path)
         if (wanted is not None and path not in wanted) or not reads(op, layer):
             return None
-        rows = filters(x, layer)
-        return rows.transpose(1, 2) @ rows, rows.shape[1]
+        return products(x, x, layer)
 
     found = averages(model, batches, sums, examples)
     return {path: moment.float() for path, moment in found.items()}
@@ -350,10 +350,8 @@ def moved_moments(
             x_hat = args[0]
             x = calls.pop(0) if calls else x_hat
             moved = x - x_hat if x.shape == x_hat.shape else torch.zeros_like(x_hat)
-            now, apart = (filters(each, layer) for each in (x_hat, moved))
-            H = H + (now.transpose(1, 2) @ now).double()
-            R = R + (apart.transpose(1, 2) @ now).double()
-            count += now.shape[1]
+            of_now, rows = products(x_hat, x_hat, layer)
+            H, R, count = H + of_now, R + products(moved, x_hat, layer)[0], count + rows
 
     with evaluating(model), evaluating(before):
         for inputs, _ in limited(batches, examples):
@@ -368,6 +366,26 @@ def reads(op: str, layer: nn.Module) -> bool:
     if isinstance(layer, nn.Linear):
         return op == "linear"
     return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and op.startswith("conv")
+
+
+def products(a: Tensor, b: Tensor, layer: Any) -> tuple[Tensor, int]:
+    """The sum of a b^T over what each filter of such a layer reads, and over how many rows.
+
+    A convolution's windows are many times its input; those of a few examples are held at once.
+
+    Returns:
+        [groups, d, d] in float64, and n.
+    """
+    total, count, some = torch.zeros(()).double(), 0, len(a)
+    if not isinstance(layer, nn.Linear):
+        each = a.shape[1:].numel() * math.prod(layer.kernel_size) // math.prod(layer.stride)
+        some = max(1, HELD // max(each, 1))
+    for part, other in zip(a.split(some), b.split(some), strict=True):
+        rows = filters(part, layer)
+        columns = rows if a is b else filters(other, layer)
+        total = total + (rows.transpose(1, 2) @ columns).double()
+        count += rows.shape[1]
+    return total, count
 
 
 def filters(x: Tensor, layer: Any) -> Tensor:
