@@ -1,5 +1,6 @@
 """DarkRank's orders are those of the definition, and the teacher's order is the minimum."""
 
+import math
 from itertools import permutations
 
 import pytest
@@ -41,6 +42,14 @@ def test_scores_leave_the_query_out():
     s = scores(e, alpha=2.0, beta=3.0)
     expected = -2 * (e[0] - e[1:]).norm(dim=1) ** 3
     torch.testing.assert_close(s[0], expected)
+
+
+@pytest.mark.parametrize("batch", [3, 16, 64])
+def test_an_order_of_what_is_equally_alike_is_one_of_all(batch):
+    """Images at right angles to each other: -log P / n = log(n!) / n, which grows like log n."""
+    n = batch - 1
+    loss = DarkRank(match="hard").loss(torch.eye(batch), torch.randn(batch, 4))
+    assert float(loss) == pytest.approx(math.lgamma(n + 1) / n, rel=1e-5)
 
 
 @pytest.mark.parametrize("match", ["hard", "soft"])

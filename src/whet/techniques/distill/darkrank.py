@@ -2,15 +2,17 @@
 
     S(x) = -alpha |q - x|^beta,   P(pi) = prod_i exp S(x_pi(i)) / sum_{k >= i} exp S(x_pi(k))
 
-q is the query, pi an order of the candidates x. Hard: L = -log P_s(pi_t), pi_t the teacher's order.
-Soft: L = KL(P_t || P_s) over all orders of lists of `length` candidates.
+q is the query, pi an order of the n candidates x. Hard: L = -log P_s(pi_t) / n, pi_t the teacher's
+order. Soft: L = KL(P_t || P_s) over all orders of lists of `length` candidates.
 
 Paper: Chen, Wang and Zhang 2018, DarkRank.
 Helps when: features are embeddings for retrieval: the order is what is used.
 Hurts when: batches are small or hold nothing alike.
 Needs: training data. Costs: a forward pass of the teacher; soft: b length! orders.
 
-Departure: embeddings have length 1, as the paper's networks give them.
+Departures: embeddings have length 1, as the paper's networks give them. All other images of a batch
+are candidates, where the paper draws short lists: so its likelihood is divided by n, or it would
+be some hundred times the labels' loss.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ class DarkRank(FeatureTechnique):
         s_s, s_t = (scores(f.flatten(1), self.alpha, self.beta) for f in (student, teacher))
         if self.match == "hard":
             order = s_t.argsort(dim=1, descending=True)
-            return -likelihood(s_s.gather(1, order)).mean()
+            return -likelihood(s_s.gather(1, order)).mean() / s_s.shape[1]
         length = min(self.length, s_s.shape[1])
         return soft(s_s[:, :length], s_t[:, :length])
 
