@@ -46,6 +46,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "Dkd": ("Dkd", {}),
     "Dkd, beta 8": ("Dkd", {"beta": 8.0}),  # what its authors give other teachers
     "Dist": ("Dist", {}),
+    "Dist, T 1": ("Dist", {"temperature": 1.0}),  # what its authors give ImageNet
 }
 FEATURES = (
     "FitNet", "AttentionTransfer", "NeuronSelectivity", "SimilarityPreserving", "Relational",
