@@ -46,7 +46,7 @@ PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "Dkd": ("Dkd", {}),
     "Dkd, beta 8": ("Dkd", {"beta": 8.0}),  # what its authors give other teachers
     "Dist": ("Dist", {}),
-    "Dist, T 1": ("Dist", {"temperature": 1.0}),  # what its authors give ImageNet
+    "Dist, T 1": ("Dist", {"temperature": 1.0}),  # T 4 made a narrow student worse
 }
 FEATURES = (
     "FitNet", "AttentionTransfer", "NeuronSelectivity", "SimilarityPreserving", "Relational",

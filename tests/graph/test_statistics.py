@@ -291,12 +291,13 @@ def test_windows_of_a_large_batch_are_not_held_at_once(layer, monkeypatch):
     for limit in (1, rows.numel() // 3, 10**9):
         monkeypatch.setattr(statistics, "HELD", limit)
         held.clear()
-        found, count = statistics.products(a, b, layer)
-        torch.testing.assert_close(found, rows.transpose(1, 2) @ others, rtol=1e-4, atol=1e-4)
+        found, count = statistics.products(layer, b, a)
+        for each, y in zip(found, (others, rows), strict=True):
+            torch.testing.assert_close(each, y.transpose(1, 2) @ others, rtol=1e-4, atol=1e-4)
         assert count == rows.shape[1]
         if limit < 10**9 and held:
             assert max(held) < rows.numel() / 2
-    none, count = statistics.products(a[:0], b[:0], layer)
+    (none,), count = statistics.products(layer, a[:0])
     assert count == 0 and not none.any()
 
 

@@ -149,12 +149,19 @@ def test_what_batchnorm_remembers_is_compared_in_front_of_every_such_layer():
     (gradient,) = torch.autograd.grad(heard.unfamiliar, images)
     assert bool(gradient.any())
     assert Critic(task.model, task.example, statistics=False)(images).unfamiliar is None
-    assert (
-        Critic(perceptron(), (torch.randn(1, 1, 4, 4),), statistics=True)(
-            torch.randn(3, 1, 4, 4)
-        ).unfamiliar
-        is None
-    )
+    plain = Critic(perceptron(), (torch.randn(1, 1, 4, 4),), statistics=True)
+    assert plain(torch.randn(3, 1, 4, 4)).unfamiliar is None
+
+
+def test_the_step_looks_at_the_statistics_where_gamma_asks(apply):
+    made = []
+    for gamma in (0.0, 0.0, 10.0):
+        torch.manual_seed(0)
+        task = replace(tiny_task("plain_cnn"), **BARE)
+        model = apply(task, DataFree(**SHORT | {"gamma": gamma})).model
+        made.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(made[1], made[0])
+    assert float((made[2] - made[0]).abs().max()) > 1e-4
 
 
 def test_the_generator_makes_images_that_are_familiar():

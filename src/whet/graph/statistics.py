@@ -310,7 +310,8 @@ def second_moments(
         layer = model.get_submodule(path)
         if (wanted is not None and path not in wanted) or not reads(op, layer):
             return None
-        return products(x, x, layer)
+        (moment,), rows = products(layer, x)
+        return moment, rows
 
     found = averages(model, batches, sums, examples)
     return {path: moment.float() for path, moment in found.items()}
@@ -350,8 +351,8 @@ def moved_moments(
             x_hat = args[0]
             x = calls.pop(0) if calls else x_hat
             moved = x - x_hat if x.shape == x_hat.shape else torch.zeros_like(x_hat)
-            of_now, rows = products(x_hat, x_hat, layer)
-            H, R, count = H + of_now, R + products(moved, x_hat, layer)[0], count + rows
+            (now, apart), rows = products(layer, x_hat, moved)
+            H, R, count = H + now, R + apart, count + rows
 
     with evaluating(model), evaluating(before):
         for inputs, _ in limited(batches, examples):
@@ -368,24 +369,25 @@ def reads(op: str, layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and op.startswith("conv")
 
 
-def products(a: Tensor, b: Tensor, layer: Any) -> tuple[Tensor, int]:
-    """The sum of a b^T over what each filter of such a layer reads, and over how many rows.
+def products(layer: Any, x: Tensor, *others: Tensor) -> tuple[list[Tensor], int]:
+    """The sums of x x^T and y x^T, y each other, over what each filter of such a layer reads.
 
     A convolution's windows are many times its input; those of a few examples are held at once.
 
     Returns:
-        [groups, d, d] in float64, and n.
+        [groups, d, d] each, in float64, and over how many rows.
     """
-    total, count, some = torch.zeros(()).double(), 0, len(a)
+    some = len(x)
     if not isinstance(layer, nn.Linear):
-        each = a.shape[1:].numel() * math.prod(layer.kernel_size) // math.prod(layer.stride)
+        each = x.shape[1:].numel() * math.prod(layer.kernel_size) // math.prod(layer.stride)
         some = max(1, HELD // max(each, 1))
-    for part, other in zip(a.split(some), b.split(some), strict=True):
+    sums, count = [torch.zeros(()).double() for _ in (x, *others)], 0
+    for part, *beside in zip(*(y.split(some) for y in (x, *others)), strict=True):
         rows = filters(part, layer)
-        columns = rows if a is b else filters(other, layer)
-        total = total + (rows.transpose(1, 2) @ columns).double()
+        seen = [rows, *(filters(y, layer) for y in beside)]
+        sums = [s + (y.transpose(1, 2) @ rows).double() for s, y in zip(sums, seen, strict=True)]
         count += rows.shape[1]
-    return total, count
+    return sums, count
 
 
 def filters(x: Tensor, layer: Any) -> Tensor:

@@ -12,14 +12,15 @@ f_t is what the teacher's last linear layer reads; mu and s^2 are a channel's me
 a batch in front of a BatchNorm, which remembers mu_t and s_t^2 of the real data. Each step makes
 one batch, from which the student learns how the teacher answers; then the generator takes a step.
 
-Papers: Chen et al. 2019, Data-Free Learning of Student Networks. L_bn: Yin et al. 2020, Dreaming to
-Distill; as a divergence: Haroush et al. 2020, The Knowledge Within.
+Papers: Chen et al. 2019, Data-Free Learning of Student Networks. L_bn after Yin et al. 2020,
+Dreaming to Distill, who take distances of means and of variances.
 Helps when: the training data is lost or secret, and the classes are few and balanced.
 Hurts when: there is data, even unlabeled: Distill is better and cheaper. A student's BatchNorm
     learns the statistics of generated images, which are not those of the real ones.
 Needs: nothing but the teacher; one batch of images in, class scores out. A teacher without
     BatchNorm has no L_bn.
-Costs: a forward and backward pass of the generator and of the teacher on top of training.
+Costs: a forward and backward pass of the generator and of the teacher on top of training; with L_bn
+    the teacher's BatchNorms are not folded: a third more for a LeNet with two of them.
 
 Departures: the student is trained like any other, with a schedule for its learning rate; L_a is the
 mean over features, so that alpha does not depend on their number, as in the authors' code; L_bn is
