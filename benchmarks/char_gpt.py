@@ -25,6 +25,7 @@ from typing import Any
 import measuring  # noqa: F401  finds whet beside it
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from whet import catalog
@@ -184,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--weights", type=Path, help="folder of trained networks, or to keep them")
     options = parser.parse_args()
     ways: dict[str, dict[int, Callable[[Task], nn.Module]]] = {
         name: {bits: ours(name, bits) for bits in (4, 3)} for name in OWN
@@ -193,7 +195,7 @@ def main() -> None:
             ways[f"peer: {peer.__name__}"] = {bits: peer(bits) for bits in (4, 3)}
     losses: dict[tuple[str, int], list[float]] = {}
     for seed in options.seeds:
-        task, minutes = trained(options.steps, seed)
+        task, minutes = trained(options.steps, seed, options.weights)
         whole = evaluate(task.model, task.test or [], task.measure)
         print(
             f"seed {seed}: float32 {whole:.4f} nats, trained in {minutes:.1f} minutes", flush=True
@@ -212,9 +214,13 @@ def main() -> None:
     print(f"\n{said['device']}, load {said['load']}, torch {said['versions']['torch']}")
 
 
-def trained(steps: int, seed: int) -> tuple[Task, float]:
-    """The task with its network trained, and the minutes that took."""
+def trained(steps: int, seed: int, folder: Path | None) -> tuple[Task, float]:
+    """The task with its network trained, or read from `folder`, and the minutes that took."""
     task = shakespeare(steps)
+    file = folder and folder / f"{steps}-{seed}.safetensors"
+    if file and file.exists():
+        load_model(task.model, file)
+        return task, 0.0
     seed_all(seed, task)
     for module in task.model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -223,6 +229,8 @@ def trained(steps: int, seed: int) -> tuple[Task, float]:
     loss: Any = lambda x, y, z: F.cross_entropy(z, y)  # noqa: E731
     schedule = Schedule(epochs=1, lr=1e-3, optimizer="adamw", weight_decay=0.1)
     fit(task.model, task.train or [], loss, schedule)
+    if file:
+        save_model(task.model, str(file))
     return task, (time.perf_counter() - began) / 60
 
 
