@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -144,6 +145,11 @@ def on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) 
     return dequantize(codes, scale, zero)
 
 
+def squared(D: Tensor) -> Tensor:
+    """sum d^2 of each of the last dimension's vectors."""
+    return D.square().sum(dim=-1)
+
+
 def fitted_grid(
     values: Tensor,
     bits: int,
@@ -151,6 +157,7 @@ def fitted_grid(
     ranges: str = "minmax",
     shifts: bool = False,
     steps: int = 40,
+    error: Callable[[Tensor], Tensor] = squared,
 ) -> tuple[Tensor, Tensor]:
     """S and Z of one grid for each of the last dimension's vectors.
 
@@ -159,9 +166,10 @@ def fitted_grid(
         bits: width of the grid.
         symmetric: codes on both sides of zero, or 0 .. 2^b-1.
         ranges: "minmax", or "mse" for the range, shrunk at both ends alike to no less than its
-            fifth, with the least squared error; it is never worse than "minmax".
+            fifth, with the least error; it is never worse than "minmax".
         shifts: scales are powers of two.
         steps: how many ranges "mse" tries.
+        error: what "mse" makes small, of w_hat - w, [..., n] -> [...].
 
     Returns:
         [...] each.
@@ -174,11 +182,10 @@ def fitted_grid(
     for step in range(steps, -1, -1):
         share = 0.2 + 0.8 * step / steps
         s, z = uniform_grid(low * share, high * share, bits, symmetric, shifts)
-        error = (on_grid(values, s[..., None], z[..., None], bits, symmetric) - values).square()
-        error = error.sum(dim=-1)
-        better = error < least
+        found = error(on_grid(values, s[..., None], z[..., None], bits, symmetric) - values)
+        better = found < least
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
-        least = torch.where(better, error, least)
+        least = torch.where(better, found, least)
     return scale, zero
 
 

@@ -14,7 +14,7 @@ from whet.graph import feeders, statistics
 from whet.rungs.layers import weights
 from whet.technique import Need
 from whet.techniques.prune.magnitude import Magnitude
-from whet.techniques.quantize.awq import ALPHAS, Awq, balanced, channel_sizes
+from whet.techniques.quantize.awq import ALPHAS, Awq, balanced, channel_sizes, diagonal_blocks
 from whet.techniques.quantize.biascorrection import latent
 from whet.techniques.quantize.roundtonearest import RoundToNearest
 from whet.techniques.quantize.staticint8 import StaticInt8
@@ -84,26 +84,74 @@ def test_no_feed_is_worse_than_rounded_to_nearest(knobs, name):
         assert totals[0] < gain * totals[1]
 
 
-@pytest.mark.parametrize("name", ["grouped_cnn", "flatten_cnn", "transformer"])
-def test_the_error_is_what_the_layer_then_has(apply, name):
-    """tr(D H D^T) as it was searched is E |y_hat - y|^2 of the layer in the scaled network."""
-    task = loud(name)
-    technique = Awq(bits=3, group=8, examples=32)
-    moments = statistics.second_moments(task.model, task.calibration, 32)
+def output_errors(task, technique, apply):
+    """E |y_hat - y|^2 of each layer in the scaled network, with weights before and after rounding.
+
+    Layers whose outputs are scaled as well are left out: theirs are in other units.
+    """
     model = apply(task, technique).model
     exact = unrounded(model)
+    moments = statistics.second_moments(exact, task.calibration, technique.examples)
+    makers = {feed.maker for feed in feeders.feeds(task.model, task.example)}
+    found = {}
+    for path, old in weights(exact):
+        if path not in makers and path in moments:
+            parts = model.get_submodule(path).weight - old.weight
+            parts = parts.detach().flatten(1).chunk(len(moments[path]))
+            each = zip(parts, moments[path], strict=True)
+            found[path] = sum(float(((D @ M) * D).sum()) for D, M in each)
+    return found
+
+
+@pytest.mark.parametrize("name", ["grouped_cnn", "flatten_cnn", "transformer"])
+def test_the_error_is_what_the_layer_then_has(apply, name):
+    """tr(D H D^T) as it was searched, before ranges are clipped."""
+    task = loud(name)
+    technique = Awq(bits=3, group=8, examples=32, clip=False)
+    moments = statistics.second_moments(task.model, task.calibration, 32)
+    found, compared = output_errors(task, technique, apply), 0
     for feed in feeders.feeds(task.model, task.example):
         read = [(task.model.get_submodule(p), moments[p]) for p in feed.readers]
         s = technique.scales(read, feed.channels)
         for path, (module, H) in zip(feed.readers, read, strict=True):
-            new, old = model.get_submodule(path), exact.get_submodule(path)
-            after = statistics.second_moments(exact, task.calibration, 32)[path]
-            parts = (new.weight - old.weight).detach().flatten(1).chunk(len(after))
-            got = sum(float(((D @ M) * D).sum()) for D, M in zip(parts, after, strict=True))
-            made = feeders.output_ranges(module) / feeders.output_ranges(old)
-            if bool((made - 1).abs().max() < 1e-5):  # its outputs are not scaled as well
+            if path in found:
                 said = technique.error(module, H, torch.ones(feed.channels) if s is None else s)
-                assert got == pytest.approx(said, rel=2e-3)
+                assert found[path] == pytest.approx(said, rel=2e-3)
+                compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("knobs", [{"bits": 2}, {"bits": 3, "grid": "affine"}], ids=str)
+@pytest.mark.parametrize("name", ["grouped_cnn", "flatten_cnn", "transformer"])
+@pytest.mark.parametrize("group", [8, 12, 0])
+def test_clipped_ranges_cost_no_layer_more(apply, name, group, knobs):
+    task = tiny_task(name)
+    clipped, whole = (
+        output_errors(task, Awq(group=group, examples=32, clip=clip, **knobs), apply)
+        for clip in (True, False)
+    )
+    assert clipped.keys() == whole.keys()
+    assert all(clipped[path] <= 1.001 * whole[path] for path in whole)
+    assert sum(clipped.values()) < 0.9 * sum(whole.values())
+
+
+def test_a_range_is_clipped_for_what_is_read():
+    """A weight whose input is always zero has no say in the range; the others get it."""
+    W, H = torch.tensor([[8.0, 0.9, -0.5, 0.3]]), torch.eye(4)
+    H[0, 0] = 0
+    technique = Awq(bits=3, group=4)
+    scale, _ = technique.clipped(W, H)
+    assert float(scale) < 0.2 * 8 / 3 * 1.01
+    H[0, 0] = 1
+    assert float(technique.clipped(W, H)[0]) > 0.8 * 8 / 3
+
+
+def test_the_blocks_are_those_on_the_diagonal():
+    H = torch.randn(5, 5)
+    first, second, last = diagonal_blocks(H, 2)
+    assert torch.equal(first, H[:2, :2])
+    assert torch.equal(second, H[2:4, 2:4])
+    assert torch.equal(last, torch.tensor([[float(H[4, 4]), 0], [0, 0]]))
 
 
 def test_loud_channels_are_rounded_finer(apply):

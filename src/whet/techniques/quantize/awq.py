@@ -6,19 +6,20 @@
 
 Where all that reads a module's outputs are such layers, with at most what scales with its input
 between (ReLU, pooling, a flatten), s goes into the weights on either side, which changes nothing
-but the rounding. Other layers are rounded to nearest, as with a = 0.
+but the rounding. Other layers have a = 0. Then the range of each group is clipped to the share of
+it that costs the outputs least, d_J H_JJ d_J^T with the columns J of the group.
 
 Departures: sqrt(E x_j^2) stands for E |x_j|, and H for the data. Where the module before ends in
-something else no scale is applied. Ranges are clipped by ranges="mse" alone.
+something else no scale is applied. A row whose outputs are nearer with whole ranges keeps them.
 
 Paper: Lin et al. 2023, AWQ: Activation-aware Weight Quantization for LLM Compression and
-    Acceleration (2306.00978).
+    Acceleration (2306.00978); clipping as its authors' code does it.
 Helps when: some channels of what a layer reads are much larger than the others, as behind the
-    LayerNorms of transformers.
+    LayerNorms of transformers; with few bits, by clipping.
 Hurts when: never more than rounding to nearest does, on the calibration data; most layers of a
     residual convolutional network have no module before that could take the scale.
-Needs: calibration data. Costs: one pass over `examples` of it, and 20 x out x d^2 operations for
-    each layer that is scaled, d being the weights of a filter.
+Needs: calibration data. Costs: two passes over `examples` of it, 20 x out x d^2 operations for
+    each layer that is scaled, d being the weights of a filter, and 40 x out x d x group for each.
 """
 
 from __future__ import annotations
@@ -33,19 +34,18 @@ from whet import numerics, packed
 from whet.graph import feeders, statistics
 from whet.graph.ledger import Grid
 from whet.rungs.grids import RangeTechnique
-from whet.rungs.layers import skipped
-from whet.technique import Need, Work
+from whet.rungs.layers import CalibratedTechnique, skipped
+from whet.technique import Work
 
 ALPHAS = 20
 
 
-class Awq(RangeTechnique):
+class Awq(CalibratedTechnique, RangeTechnique):
     """Scale inputs against their weights so that rounding these to nearest costs least."""
 
-    needs: ClassVar[frozenset[Need]] = frozenset({Need.STATISTICS})
     spoils: ClassVar[frozenset[type]] = RangeTechnique.spoils | {Grid}
 
-    examples: Annotated[int, Field(ge=1, description="calibration examples")] = 256
+    clip: Annotated[bool, Field(description="ranges to what costs a layer's outputs least")] = True
 
     def apply(self, work: Work) -> None:
         layers = dict(self.layers(work.model))
@@ -61,8 +61,35 @@ class Awq(RangeTechnique):
                 if s is not None:
                     feeders.migrate(work.model, feed, s)
                     scaled += len(read)
-        self.pack_each(work, self.nearest)
+        self.pack_calibrated(work, self.pack)
         work.notes.append(f"scaled the inputs of {scaled} of {len(layers)} layers.")
+
+    def pack(self, weight: Tensor, moments: Tensor) -> packed.Packed:
+        rows = weight.flatten(1).chunk(len(moments))
+        found = [self.clipped(W, H.float()) for W, H in zip(rows, moments, strict=True)]
+        scale, zero = (torch.cat(each) for each in zip(*found, strict=True))
+        return self.form(weight, scale, zero, self.symmetric)
+
+    def clipped(self, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+        """S and Z [out, groups] of W [out, d]; of each row the better of clipped and whole."""
+        whole = self.fitted(W)
+        if not self.clip:
+            return whole
+        groups = numerics.in_groups(W, self.share(W.shape[1]))
+        within = diagonal_blocks(H, groups.shape[-1])
+
+        def error(D: Tensor) -> Tensor:
+            # d_J H_JJ d_J^T
+            return (torch.einsum("ogn,gnm->ogm", D, within) * D).sum(dim=-1)
+
+        grid = self.bits, self.symmetric, "mse", self.shifts
+        tight = numerics.fitted_grid(groups, *grid, error=error)
+        after, before = (
+            numerics.output_error(self.rounded(W, *each) - W, H) for each in (tight, whole)
+        )
+        better = (after < before)[:, None]
+        scale, zero = (torch.where(better, a, b) for a, b in zip(tight, whole, strict=True))
+        return scale, zero
 
     def scales(self, read: list[tuple[nn.Module, Tensor]], channels: int) -> Tensor | None:
         """The best s [channels] for layers with the moments of what they read; None for 1."""
@@ -85,6 +112,14 @@ class Awq(RangeTechnique):
         parts = (on / factor - W).chunk(len(moments))
         errors = [numerics.output_error(D, H) for D, H in zip(parts, moments, strict=True)]
         return float(torch.cat(errors).sum())
+
+
+def diagonal_blocks(H: Tensor, size: int) -> Tensor:
+    """The H_JJ of `size` columns next to each other, [d, d] -> [ceil(d / size), size, size]."""
+    short = -len(H) % size
+    padded = torch.nn.functional.pad(H, (0, short, 0, short))
+    blocks = padded.unflatten(1, (-1, size)).unflatten(0, (-1, size))
+    return blocks.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def channel_sizes(moments: Tensor, channels: int) -> Tensor:
