@@ -5,8 +5,8 @@
 
 The network is trained here; its linear layers, but not the embeddings and the head, get weights of
 few bits in groups of 128 inputs. The loss is in nats a character over the last twentieth of the
-text, in windows that do not overlap. Defaults of every technique but for what a row says; calibration on 128 windows of the
-training text. Seeds differ in training and in calibration.
+text, in windows that do not overlap. Defaults of every technique but for what a row says;
+calibration on 64 windows of the training text. Seeds differ in training and in calibration.
 """
 
 from __future__ import annotations
