@@ -227,6 +227,7 @@ def main() -> None:
 
 def trained(steps: int, seed: int, folder: Path | None) -> tuple[Task, float]:
     """The task with its network trained, or read from `folder`, and the minutes that took."""
+    torch.manual_seed(seed)  # biases stay as they are drawn
     task = shakespeare(steps)
     file = folder and folder / f"{steps}-{seed}.safetensors"
     if file and file.exists():
