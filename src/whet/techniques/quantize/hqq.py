@@ -15,8 +15,8 @@ Paper: Badri and Shaji 2023, Half-Quadratic Quantization of Large Machine Learni
     (mobiusml.github.io/hqq_blog).
 Helps when: 4 bits and less, and there is no calibration data.
 Hurts when: outputs hang on the few large weights, which it lets go: compare RoundToNearest with
-    grid="affine" and ranges="mse", which a small GPT lost less by, on 3 bits and on 4. With whole
-    zero points it does not reach the paper's. With data, Awq does better, and Gptq far better.
+    grid="affine", by which a small GPT lost less on 3 bits. With whole zero points it does not
+    reach the paper's. With data, Awq does better, and Gptq far better.
 Needs: nothing. Costs: `iterations` passes over each weight.
 """
 
