@@ -9,7 +9,7 @@ from torch import nn
 
 from whet.graph import trace
 from whet.rungs.factors import Layer
-from whet.techniques.factorize.cp import Cp, als, projected, sliding, solved
+from whet.techniques.factorize.cp import Cp, als, onto, projected, sliding, solved, widest
 from whet.testing import NETWORKS, tiny_task
 
 
@@ -57,7 +57,9 @@ def test_no_sweep_makes_the_error_larger(shape, rank):
         for mode in range(X.ndim):
             others = [f.T @ f for k, f in enumerate(factors) if k != mode]
             gram = torch.stack(others).prod(dim=0)
-            slope = factors[mode] @ gram - projected(X, factors, mode)
+            first = widest(X.shape, mode)
+            seen = onto(X, factors[first], first)
+            slope = factors[mode] @ gram - projected(seen, factors, mode, first)
             assert float(slope.norm()) < 0.2 * float((factors[mode] @ gram).norm())
         # the sizes of a term are shared equally
         sizes = torch.stack([f.norm(dim=0) for f in factors])
@@ -89,9 +91,12 @@ def test_projections_are_those_of_the_definition():
     X = torch.randn(4, 5, 2, 3, dtype=torch.float64)
     T, S, H, V = factors = [torch.randn(n, 6, dtype=torch.float64) for n in X.shape]
     want = torch.einsum("tsij,sr,ir,jr->tr", X, S, H, V)
-    torch.testing.assert_close(projected(X, factors, 0), want)
+    assert [widest(X.shape, mode) for mode in range(4)] == [1, 0, 1, 1]
+    for first in (1, 2, 3):
+        Y = onto(X, factors[first], first)
+        torch.testing.assert_close(projected(Y, factors, 0, first), want)
     want = torch.einsum("tsij,tr,sr,ir->jr", X, T, S, H)
-    torch.testing.assert_close(projected(X, factors, 3), want)
+    torch.testing.assert_close(projected(onto(X, S, 1), factors, 3, 1), want)
 
 
 LAYERS = {

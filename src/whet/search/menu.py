@@ -38,8 +38,8 @@ Counts = tuple[int, int]  # MACs, bytes as deployed
 NOTHING: Counts = (0, 0)
 FASTER = 0.02  # of the time has to go where a technique acts everywhere
 ALIKE = 0.1  # savings within this share of each other are the same
-# what a try looks at and how long it trains, by the knobs that say it
-FEW = {"calibrate": 64, "examples": 64, "starts": 1, "steps": 0}
+# what a try looks at, how long it trains and fits at most, by the knobs that say it
+FEW = {"calibrate": 64, "examples": 64, "starts": 1, "steps": 0, "sweeps": 10}
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ class Tries:
 
 def tried(kind: type[Technique], knobs: Mapping[str, Any]) -> Technique:
     """A technique with these knobs that looks at few examples."""
-    few = {knob: count for knob, count in FEW.items() if knob in kind.model_fields}
+    own = kind.model_fields
+    few = {knob: min(count, own[knob].default) for knob, count in FEW.items() if knob in own}
     return kind(**{**few, **knobs})
 
 

@@ -101,15 +101,23 @@ def als(X: Tensor, rank: int, sweeps: int, seed: int) -> tuple[list[Tensor], lis
     chance = torch.Generator().manual_seed(seed)
     factors = [_unit(torch.randn(n, rank, generator=chance).to(X))[0] for n in X.shape]
     whole, errors, sizes = float(X.square().sum()), [], torch.ones(rank)
+    grams = [A.T @ A for A in factors]
+    part: dict[int, Tensor] = {}  # X on the columns of one factor, until that changes
     for _ in range(sweeps):
         for mode in range(X.ndim):
+            first = widest(X.shape, mode)
+            if first not in part:
+                part = {first: onto(X, factors[first], first)}
             # A = X_(n) (A_1 . ... . A_N) (A_1^T A_1 * ... * A_N^T A_N)^+, all but A itself
-            seen = projected(X, factors, mode)
-            others = [A.T @ A for k, A in enumerate(factors) if k != mode]
-            gram = torch.stack(others).prod(dim=0)
+            seen = projected(part[first], factors, mode, first)
+            gram = torch.stack([G for k, G in enumerate(grams) if k != mode]).prod(dim=0)
             A = solved(seen, gram)
-            error = whole - 2 * float((seen * A).sum()) + float(((A @ gram) * A).sum())
             factors[mode], sizes = _unit(A)
+            grams[mode] = factors[mode].T @ factors[mode]
+            part.pop(mode, None)
+            # |X|^2 - 2 <X_(n) (...), A> + <A^T A, gram>
+            square = (sizes[:, None] * grams[mode] * sizes * gram).sum()
+            error = whole - 2 * float((seen * A).sum()) + float(square)
         errors.append(max(error, 0.0))
         if errors[-1] < 1e-14 * whole or (errors[-2:-1] and errors[-2] - error < 1e-5 * error):
             break
@@ -131,11 +139,27 @@ def solved(seen: Tensor, gram: Tensor) -> Tensor:
     return torch.cholesky_solve(seen.T, lower).T
 
 
-def projected(X: Tensor, factors: Sequence[Tensor], mode: int) -> Tensor:
-    """X_(n) (A_1 . ... . A_N), all but A_n, [n, r]; the widest dimension first, to stay small."""
-    first, *rest = sorted(set(range(X.ndim)) - {mode}, key=lambda k: -X.shape[k])
-    Y, left = X.movedim(first, -1) @ factors[first], [k for k in range(X.ndim) if k != first]
-    for k in rest:
+def widest(shape: Sequence[int], mode: int) -> int:
+    """The widest dimension but `mode`, the first of equals."""
+    return min((k for k in range(len(shape)) if k != mode), key=lambda k: -shape[k])
+
+
+def onto(X: Tensor, A: Tensor, dim: int) -> Tensor:
+    """X x_dim A^T with that dimension last, [..., r]."""
+    return X.movedim(dim, -1).contiguous() @ A
+
+
+def projected(Y: Tensor, factors: Sequence[Tensor], mode: int, first: int) -> Tensor:
+    """X_(n) (A_1 . ... . A_N), all but A_n, [n, r].
+
+    Args:
+        Y: X `onto` the factor of its dimension `first`, [..., r].
+        factors: A of each dimension of X.
+        mode: n.
+        first: the dimension of X that is not left in Y.
+    """
+    left = [k for k in range(len(factors)) if k != first]
+    for k in sorted(set(left) - {mode}, key=lambda k: -len(factors[k])):
         at = left.index(k)
         Y = (Y.movedim(at, -2) * factors[k]).sum(dim=-2)
         left.remove(k)
