@@ -8,7 +8,7 @@ small student need not be as sure as a large teacher.
 Paper: Huang et al. 2022, Knowledge Distillation from A Stronger Teacher.
 Helps when: the teacher is much stronger than the student.
 Hurts when: batches are small: a class's column then has few entries to correlate. Of two small
-    students of a CIFAR ResNet-56 it helped one, and made the other worse than the labels do.
+    students of a CIFAR ResNet-56 it helped one; the other did no better than on the labels.
 Needs: training data. Costs: a forward pass of the teacher on top of training.
 """
 
