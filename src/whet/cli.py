@@ -226,7 +226,7 @@ def demo(
     recipe = Recipe(
         [
             catalog.technique("DropBlocks", {"amount": 0.33, "examples": 300}),
-            catalog.technique("Distill", {"epochs": 16, "lr": 0.05}),
+            catalog.technique("Distill", {"epochs": 16, "lr": 0.1}),
             catalog.technique("FoldBatchNorm"),
             catalog.technique("StaticInt8"),
         ]
