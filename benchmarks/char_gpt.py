@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--weights", type=Path, help="folder of trained networks, or to keep them")
     options = parser.parse_args()
+    if options.weights:
+        options.weights.mkdir(parents=True, exist_ok=True)
     ways: dict[str, dict[int, Callable[[Task], nn.Module]]] = {
         name: {bits: ours(name, bits) for bits in (4, 3)} for name in OWN
     }

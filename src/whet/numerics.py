@@ -145,19 +145,8 @@ def on_grid(x: Tensor, scale: Tensor, zero: Tensor, bits: int, symmetric: bool) 
     return dequantize(codes, scale, zero)
 
 
-def squared(D: Tensor) -> Tensor:
-    """sum d^2 of each of the last dimension's vectors."""
-    return D.square().sum(dim=-1)
-
-
 def fitted_grid(
-    values: Tensor,
-    bits: int,
-    symmetric: bool,
-    ranges: str = "minmax",
-    shifts: bool = False,
-    steps: int = 40,
-    error: Callable[[Tensor], Tensor] = squared,
+    values: Tensor, bits: int, symmetric: bool, ranges: str = "minmax", shifts: bool = False
 ) -> tuple[Tensor, Tensor]:
     """S and Z of one grid for each of the last dimension's vectors.
 
@@ -165,19 +154,34 @@ def fitted_grid(
         values: [..., n].
         bits: width of the grid.
         symmetric: codes on both sides of zero, or 0 .. 2^b-1.
-        ranges: "minmax", or "mse" for the range, shrunk at both ends alike to no less than its
-            fifth, with the least error; it is never worse than "minmax".
+        ranges: "minmax", or "mse" for the `clipped_grid` with the least squared error.
         shifts: scales are powers of two.
-        steps: how many ranges "mse" tries.
-        error: what "mse" makes small, of w_hat - w, [..., n] -> [...].
 
     Returns:
         [...] each.
     """
+    if ranges == "mse":
+        squared = lambda D: D.square().sum(dim=-1)  # noqa: E731
+        return clipped_grid(values, bits, symmetric, squared, shifts)
+    return uniform_grid(values.amin(dim=-1), values.amax(dim=-1), bits, symmetric, shifts)
+
+
+def clipped_grid(
+    values: Tensor,
+    bits: int,
+    symmetric: bool,
+    error: Callable[[Tensor], Tensor],
+    shifts: bool = False,
+    steps: int = 40,
+) -> tuple[Tensor, Tensor]:
+    """As `fitted_grid`, of the range, shrunk at both ends alike, with the least error.
+
+    Args:
+        error: of w_hat - w, [..., n] -> [...]; it is never larger than that of the whole range.
+        steps: how many ranges are tried, from the whole one to its fifth.
+    """
     low, high = values.amin(dim=-1), values.amax(dim=-1)
     scale, zero = uniform_grid(low, high, bits, symmetric, shifts)
-    if ranges == "minmax":
-        return scale, zero
     least = torch.full_like(scale, math.inf)
     for step in range(steps, -1, -1):
         share = 0.2 + 0.8 * step / steps

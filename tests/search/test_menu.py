@@ -26,10 +26,15 @@ CLIMBED = [
 
 @pytest.mark.parametrize(("name", "knob", "value"), CLIMBED)
 def test_every_rung_of_every_ladder_can_be_tried(name, knob, value):
-    made = tried(catalog.techniques()[name], {"only": ("x",), knob: value})
+    kind = catalog.techniques()[name]
+    made = tried(kind, {"only": ("x",), knob: value})
     assert getattr(made, knob) == value
     assert getattr(made, "calibrate", 0) <= 128
     assert getattr(made, "starts", 1) == 1
+    assert getattr(made, "sweeps", 1) <= 10
+    # a try does no more than the recipe would
+    for other in {"calibrate", "examples", "starts", "steps", "sweeps"} & kind.model_fields.keys():
+        assert getattr(made, other) <= getattr(kind(), other)
 
 
 def test_zeros_take_their_place_in_the_deployed_file_and_codes_do_not(apply):

@@ -79,7 +79,7 @@ def leading(W: Tensor, mode: int, rank: int) -> Tensor:
     """The `rank` leading left singular vectors of an unfolding, [n, r]; I at full rank."""
     if rank >= W.shape[mode]:
         return torch.eye(rank).to(W)
-    M = unfolded(W, mode)  # of far more columns than rows: the SVD itself takes ten times as long
+    M = unfolded(W, mode)  # an SVD of it takes several times as long
     return torch.linalg.eigh(M @ M.T)[1].flip(-1)[:, :rank]
 
 

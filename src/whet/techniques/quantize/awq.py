@@ -10,10 +10,12 @@ but the rounding. Other layers have a = 0. Then the range of each group is clipp
 it that costs the outputs least, d_J H_JJ d_J^T with the columns J of the group.
 
 Departures: sqrt(E x_j^2) stands for E |x_j|, and H for the data. Where the module before ends in
-something else no scale is applied. A row whose outputs are nearer with whole ranges keeps them.
+something else no scale is applied. Ranges are clipped as in the authors' code (auto_clip), but to
+a fifth and not a half at most, those of queries and keys too; a row whose outputs are nearer with
+whole ranges keeps them.
 
 Paper: Lin et al. 2023, AWQ: Activation-aware Weight Quantization for LLM Compression and
-    Acceleration (2306.00978); clipping as its authors' code does it.
+    Acceleration (2306.00978); github.com/mit-han-lab/llm-awq.
 Helps when: some channels of what a layer reads are much larger than the others, as behind the
     LayerNorms of transformers; with few bits, by clipping.
 Hurts when: never more than rounding to nearest does, on the calibration data; most layers of a
@@ -41,7 +43,7 @@ ALPHAS = 20
 
 
 class Awq(CalibratedTechnique, RangeTechnique):
-    """Scale inputs against their weights so that rounding these to nearest costs least."""
+    """Scale inputs against their weights, and clip these, so that rounding costs least."""
 
     spoils: ClassVar[frozenset[type]] = RangeTechnique.spoils | {Grid}
 
@@ -61,7 +63,7 @@ class Awq(CalibratedTechnique, RangeTechnique):
                 if s is not None:
                     feeders.migrate(work.model, feed, s)
                     scaled += len(read)
-        self.pack_calibrated(work, self.pack)
+        super().apply(work)
         work.notes.append(f"scaled the inputs of {scaled} of {len(layers)} layers.")
 
     def pack(self, weight: Tensor, moments: Tensor) -> packed.Packed:
@@ -82,8 +84,7 @@ class Awq(CalibratedTechnique, RangeTechnique):
             # d_J H_JJ d_J^T
             return (torch.einsum("ogn,gnm->ogm", D, within) * D).sum(dim=-1)
 
-        grid = self.bits, self.symmetric, "mse", self.shifts
-        tight = numerics.fitted_grid(groups, *grid, error=error)
+        tight = numerics.clipped_grid(groups, self.bits, self.symmetric, error, self.shifts)
         after, before = (
             numerics.output_error(self.rounded(W, *each) - W, H) for each in (tight, whole)
         )
