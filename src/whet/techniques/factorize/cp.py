@@ -102,19 +102,18 @@ def als(X: Tensor, rank: int, sweeps: int, seed: int) -> tuple[list[Tensor], lis
     factors = [_unit(torch.randn(n, rank, generator=chance).to(X))[0] for n in X.shape]
     whole, errors, sizes = float(X.square().sum()), [], torch.ones(rank)
     grams = [A.T @ A for A in factors]
-    part: dict[int, Tensor] = {}  # X on the columns of one factor, until that changes
+    held, part = -1, X  # X on the columns of one factor, which is most of the work
     for _ in range(sweeps):
         for mode in range(X.ndim):
             first = widest(X.shape, mode)
-            if first not in part:
-                part = {first: onto(X, factors[first], first)}
+            if first != held:  # that factor does not change while it is held: its turn lets go
+                held, part = first, onto(X, factors[first], first)
             # A = X_(n) (A_1 . ... . A_N) (A_1^T A_1 * ... * A_N^T A_N)^+, all but A itself
-            seen = projected(part[first], factors, mode, first)
+            seen = projected(part, factors, mode, first)
             gram = torch.stack([G for k, G in enumerate(grams) if k != mode]).prod(dim=0)
             A = solved(seen, gram)
             factors[mode], sizes = _unit(A)
             grams[mode] = factors[mode].T @ factors[mode]
-            part.pop(mode, None)
             # |X|^2 - 2 <X_(n) (...), A> + <A^T A, gram>
             square = (sizes[:, None] * grams[mode] * sizes * gram).sum()
             error = whole - 2 * float((seen * A).sum()) + float(square)
