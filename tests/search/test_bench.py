@@ -21,6 +21,8 @@ from whet.search.wish import Wish
 from whet.techniques.prune.l1filters import L1Filters
 from whet.testing import tiny_task
 
+WAY = Way("float", "onnxruntime")
+
 
 class Clock:
     """Seconds that pass only when they are told to."""
@@ -52,9 +54,9 @@ def plan():
 
 def test_recoveries_share_what_tries_and_proofs_leave(at):
     found, clock = at
-    found.proofs.append(5.0)
+    found.proofs = {WAY: 5.0, Way("int8", "onnxruntime"): 50.0}  # the other way is no matter
     clock.now = 25.0
-    short, long = (found._epochs(plan(), kind) for kind in ("short", "long"))
+    short, long = (found._epochs(plan(), kind, WAY) for kind in ("short", "long"))
     assert long == pytest.approx(TIMES * short, rel=1e-3)
     recoveries = 4 * short + 2 * long
     steered = 100.0 * STEERING
@@ -65,15 +67,15 @@ def test_the_share_is_settled_once(at):
     """A search that goes on after a kill gives its trials what it gave them before."""
     found, clock = at
     clock.now = 25.0
-    first = found._epochs(plan(), "short")
+    first = found._epochs(plan(), "short", WAY)
     clock.now = 60.0
-    assert found._epochs(plan(), "short") == first
+    assert found._epochs(plan(), "short", WAY) == first
 
 
 def test_slow_tries_leave_the_recoveries_their_least(at):
     found, clock = at
     clock.now = 99.0
-    short = found._epochs(plan(), "short")
+    short = found._epochs(plan(), "short", WAY)
     assert short * (4 + 2 * TIMES) == pytest.approx(LEAST * 100, rel=1e-3)
 
 
@@ -98,11 +100,11 @@ def test_a_kill_between_trainings_repeats_none(tmp_path):
         found._cut = lambda plan: trained.append(plan) or cut(plan)  # type: ignore
         return found
 
-    whole = begin()._recovery(plan())
+    whole = begin()._recovery(plan(), WAY)
     assert len(trained) == len(FIRST)
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(lines[:2]) + "\n")  # two trainings stay
-    assert begin()._recovery(plan()) == whole
+    assert begin()._recovery(plan(), WAY) == whole
     assert len(trained) == len(FIRST) + 1
 
 
@@ -112,7 +114,7 @@ def test_answers_judge_a_recovery_and_no_labels(tmp_path):
     for wrong in (0, 1):
         batches = [(x, (y + wrong) % 4) for x, y in found.task.validation]
         found.task, found.rows = replace(found.task, validation=batches), Rows()
-        assert found._recovery(plan()) in FIRST
+        assert found._recovery(plan(), WAY) in FIRST
         rows = [row for row in found.rows.known.values() if isinstance(row, tuple)]
         worths.append([worth for worth, _ in rows])
     assert len(worths[0]) == len(FIRST) and worths[0] == worths[1]
@@ -124,11 +126,8 @@ def test_a_probe_is_a_part_of_a_short_recovery(tmp_path, monkeypatch):
     found, make = small(tmp_path), bench.catalog.technique
     tell = lambda name, knobs: epochs.append(knobs["epochs"]) or make(name, knobs)  # noqa: E731
     monkeypatch.setattr(bench.catalog, "technique", tell)
-    found._recovery(plan())
+    found._recovery(plan(), WAY)
     assert epochs == [pytest.approx(PROBE * 0.1)] * len(FIRST)
-
-
-WAY = Way("float", "onnxruntime")
 
 
 def test_a_runtime_that_dies_on_a_plan_ends_no_search(tmp_path, monkeypatch):

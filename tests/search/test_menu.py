@@ -1,18 +1,20 @@
 """Counts of layers, and the techniques that can be tried at all."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from whet import catalog, packed
 from whet.checkpoint import Rows
 from whet.engine import Here
-from whet.rungs.sensitivity import answers
-from whet.search.menu import Attempt, Tries, changed, counts, draw, total, tried
-from whet.techniques.factorize.cp import Cp
+from whet.search.menu import EXAMPLES, Attempt, Tries, changed, counts, draw, total, tried
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.quantize.gptq import Gptq
 from whet.techniques.quantize.roundtonearest import RoundToNearest
+from whet.techniques.substitute.depthwiseseparable import DepthwiseSeparable
+from whet.techniques.substitute.ghost import Ghost
 from whet.testing import tiny_task
 
 CLIMBED = [
@@ -66,9 +68,7 @@ class Slow(Tries):
 
     def __init__(self, patience, seconds, workers=1, clock=None):
         task = tiny_task("plain_cnn")
-        known = answers(task.model, list(task.validation), 16)
-        attempt = Attempt(task, known, counts(task.model, task.example), [], 0)
-        super().__init__(attempt, Rows(), Here(), patience, lambda *_: None, clock)
+        super().__init__(Attempt.on(task, [], 0), Rows(), Here(), patience, lambda *_: None, clock)
         self.engine.workers = workers
         self.seconds, self.seen = seconds, []
 
@@ -100,10 +100,10 @@ def test_a_technique_whose_tries_take_too_long_is_tried_once():
 
 
 def test_tries_share_the_time_and_what_disturbs_least_comes_first():
-    seconds = {"L1Filters": 1.0, "Cp": 1.0}
+    seconds = {"DepthwiseSeparable": 1.0, "Ghost": 1.0}
     both = Slow(1e6, seconds)
     assert set(drawn(both).verdicts.values()) == {"taken"}
-    kinds = {"L1Filters": L1Filters, "Cp": Cp}
+    kinds = {"DepthwiseSeparable": DepthwiseSeparable, "Ghost": Ghost}
     base = both.attempt.base
     before = total(base)
 
@@ -182,10 +182,10 @@ def test_what_the_runtime_fails_on_is_turned_down():
 
 
 def test_who_saves_more_time_for_what_it_disturbs_is_tried_first():
-    seconds = {"L1Filters": 1.0, "Cp": 1.0}
+    seconds = {"Ghost": 1.0, "DepthwiseSeparable": 1.0}
     both = Slow(1e6, seconds)
-    room = max(both.all(L1Filters), both.all(Cp))  # for one of them
-    for fast, slow in (("Cp", "L1Filters"), ("L1Filters", "Cp")):
+    room = max(both.all(Ghost), both.all(DepthwiseSeparable))  # for one of them
+    for fast, slow in (("DepthwiseSeparable", "Ghost"), ("Ghost", "DepthwiseSeparable")):
         tries = Slow(
             room, seconds, clock=lambda step, fast=fast: 1e-9 if step.name == fast else 0.97
         )
@@ -208,3 +208,47 @@ def test_what_the_finish_would_break_is_no_choice():
     assert verdicts["Gptq"] == "Gptq at the end would break the Affine and Grouped forms it makes"
     assert verdicts["KMeansShare"] == "Gptq at the end would break the Lookup forms it makes"
     assert "taken" in draw(tries, {"macs", "bytes"}, names[:1], []).verdicts.values()
+
+
+def test_new_batchnorm_statistics_are_no_deviation_of_a_cut():
+    """What cuts nothing that counts deviates by nothing, though statistics of few examples err."""
+    task = tiny_task("plain_cnn")
+    first, norm, _, second = task.model[:4]
+    assert isinstance(second, torch.nn.Conv2d)
+    with torch.no_grad():
+        first.weight[:2] = norm.bias[:2] = 0.0  # two channels that say nothing
+    attempt = Attempt.on(task, [], 0)
+    cut = L1Filters(only=("0",), amount=2 / len(norm.bias), multiple_of=2, calibrate=EXAMPLES)
+    found = attempt(cut)
+    assert found["refused"] is None and found["layers"]["0"][0] < attempt.base["0"][0]
+    assert found["deviation"] < 1e-9
+    assert replace(attempt, settled=attempt.known)(cut)["deviation"] > 1e-4
+
+
+def test_what_is_tried_on_does_not_depend_on_what_was_drawn_before():
+    """A search that goes on after a kill looks at the same examples."""
+    task = tiny_task("plain_cnn")
+    drawn = torch.Generator()
+    inputs = torch.cat([x for x, _ in task.train])
+    pairs = torch.utils.data.TensorDataset(inputs, torch.zeros(len(inputs)).long())
+    loader = torch.utils.data.DataLoader(pairs, 16, shuffle=True, generator=drawn)
+    task = replace(task, train=loader, calibration=None)
+    one = Attempt.on(task, [], 0)
+    next(iter(loader))
+    two = Attempt.on(task, [], 0)
+    assert all(torch.equal(a, b) for a, b in zip(one.known.inputs, two.known.inputs, strict=True))
+    other = Attempt.on(task, [], 1)
+    assert not torch.equal(one.known.inputs[0], other.known.inputs[0])
+
+
+def test_every_family_has_its_first_before_one_has_its_second():
+    seconds = {"L1Filters": 1.0, "DepthwiseSeparable": 1.0, "Ghost": 1.0}
+    clock = {"L1Filters": 0.97, "DepthwiseSeparable": 1e-9, "Ghost": 1e-9}
+    tries = Slow(1e6, seconds)
+    room = max(tries.all(DepthwiseSeparable), tries.all(Ghost)) + tries.all(L1Filters)
+    verdicts = drawn(Slow(room, seconds, clock=lambda step: clock[step.name])).verdicts
+    assert verdicts["L1Filters"] == "taken"
+    assert sorted(verdicts[name] == "taken" for name in ("DepthwiseSeparable", "Ghost")) == [
+        False,
+        True,
+    ]

@@ -28,16 +28,15 @@ from whet.rungs.sensitivity import answers, deviation
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
-from whet.search.menu import Attempt, Menu, Tries, counts, draw
+from whet.search.menu import Attempt, Menu, Tries, counts, draw, few
 from whet.search.plan import Plan
 from whet.search.steering import steered
 from whet.search.wish import Wish, finishing
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
-from whet.task import Task, limited
+from whet.task import Task
 from whet.technique import Technique, Work
 
-EXAMPLES = 64  # of each try
 PROFILES = 4  # random plans that are timed
 TIMES = 3.0  # a long recovery over a short one
 LEAST = 0.3  # of the time is for recoveries, however long the tries took
@@ -82,7 +81,8 @@ class Bench:
         self.task, self.wish, self.settings = dataclasses.replace(task, test=None), wish, settings
         self.rows, self.engine, self.home = rows, engine, settings.workspace
         self.network = fingerprint(task.model)
-        self.began, self.proofs = time.monotonic(), [0.0]
+        self.began = time.monotonic()
+        self.proofs: dict[Way, float] = {}  # seconds of a trial without a recovery
         self.timed: dict[str, Profile] = {}
 
     def menu(self, wanted: set[str], targets: list[Target], way: Way, timed: bool) -> Menu:
@@ -94,11 +94,8 @@ class Bench:
             way: how plans will end.
             timed: whether their latency matters.
         """
-        batches = self.task.statistics() or self.task.validation or []
-        known = answers(self.task.model, list(limited(batches, EXAMPLES)), EXAMPLES)
         patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
-        base = counts(self.task.model, self.task.example)
-        attempt = Attempt(self.task, known, base, targets, self.settings.seed)
+        attempt = Attempt.on(self.task, targets, self.settings.seed)
         clock = (lambda step: self._faster([step], way)) if timed else None
         tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell, clock)
         return draw(tries, wanted, self.wish.techniques, finishing(way.finish))
@@ -152,8 +149,8 @@ class Bench:
             step.apply(work)
         layers = counts(work.model, self.task.example)
         for step in finishing(way.finish):
-            few = {"examples": 32} if "examples" in type(step).model_fields else {}
-            _attempt(step.model_copy(update=few), work)
+            less = {"examples": 32} if "examples" in type(step).model_fields else {}
+            _attempt(step.model_copy(update=less), work)
         inputs, threads = as_arrays(self.task.example), self.settings.threads
         with tempfile.TemporaryDirectory(prefix="whet-") as name:
             folder = Path(name)
@@ -195,7 +192,7 @@ class Bench:
         """
         recovery, epochs = [], 0.0
         if plan.offers and self.task.train is not None:
-            knobs, epochs = self._recovery(plan), self._epochs(plan, kind)
+            knobs, epochs = self._recovery(plan, way), self._epochs(plan, kind, way)
             lengths = [epochs] if before is None else [before["epochs"], epochs]
             recovery = [catalog.technique("Distill", {"epochs": n} | knobs) for n in lengths]
             epochs = sum(lengths)
@@ -221,7 +218,7 @@ class Bench:
 
         found = self.rows.get(name, make)
         if not plan.offers:
-            self.proofs.append(found.get("seconds", 0.0))
+            self.proofs[way] = found.get("seconds", 0.0)
         return told | found
 
     @staticmethod
@@ -301,7 +298,7 @@ class Bench:
 
     # -- recovery ----------------------------------------------------------------------------
 
-    def _epochs(self, plan: Plan, kind: str) -> float:
+    def _epochs(self, plan: Plan, kind: str, way: Way) -> float:
         """Epochs of a recovery: as asked for, or what its share of the time left is enough for."""
         times = TIMES if kind == "long" else 1.0
         if self.wish.seconds is None:
@@ -310,34 +307,34 @@ class Bench:
 
         def measured() -> list[float]:
             work = self._cut(plan)
-            few = catalog.technique("Distill", {"epochs": STEPS / batches})
+            start = catalog.technique("Distill", {"epochs": STEPS / batches})
             began = time.monotonic()
-            _attempt(few, work)
+            _attempt(start, work)
             return [(time.monotonic() - began) / STEPS, plan.costs["macs"]]
 
         step, share = self.rows.get(f"step {self.network}", measured)
-        left = self.rows.get(f"time left {self.network}", self._left)
+        left = self.rows.get(f"time left {self.network}", lambda: self._left(way))
         seconds = left * times / (self.wish.trials + TIMES * self.wish.finals)
         step *= _work_of(plan.costs["macs"]) / _work_of(share)
         return round(max(seconds / (step * batches), 1e-3), 3)
 
-    def _left(self) -> float:
-        """Seconds for the recoveries: the tries are over, trials are proved as the first were.
+    def _left(self, way: Way) -> float:
+        """Seconds for the recoveries: the tries are over, trials are proved as the first was.
 
         What steers the recoveries is still to come.
         """
         assert self.wish.seconds is not None
         turns = self.wish.trials + self.wish.finals + 1  # and the choice, on the test data
-        spent = time.monotonic() - self.began + turns * max(self.proofs)
+        spent = time.monotonic() - self.began + turns * self.proofs.get(way, 0.0)
         spent += STEERING * self.wish.seconds
         return max(self.wish.seconds - spent, LEAST * self.wish.seconds)
 
-    def _recovery(self, plan: Plan) -> dict[str, Any]:
+    def _recovery(self, plan: Plan, way: Way) -> dict[str, Any]:
         """The knobs of the recovery: those that brought the first plan nearest to its parent.
 
         Nearest on validation data, by answers: what is right and wrong differs by chance far more.
         """
-        epochs = PROBE * self._epochs(plan, "short")
+        epochs = PROBE * self._epochs(plan, "short", way)
         known = cache(lambda: answers(self.task.model, self.task.validation or [], JUDGED))
 
         def measured(knobs: dict[str, Any]) -> tuple[float, float]:
@@ -374,9 +371,9 @@ def _work_of(macs: float) -> float:
 
 
 def _bare(step: Technique) -> Technique:
-    """The step without new BatchNorm statistics: time does not depend on them."""
-    few = {"calibrate": 0} if "calibrate" in type(step).model_fields else {}
-    return step.model_copy(update=few)
+    """The step as a try makes it, without new BatchNorm statistics: time depends on neither."""
+    knobs = few(type(step))
+    return step.model_copy(update=knobs | {"calibrate": 0} if "calibrate" in knobs else knobs)
 
 
 def _attempt(step: Technique, work: Work) -> None:

@@ -7,7 +7,8 @@ at every place alone. An offer is one such try:
 
     L = E |z - z_0|^2 / (2 E |z_0|^2),   and MACs and bytes of each layer that it changes,
 
-z_0 being what the network says to the same inputs. No label is read and nothing is trained.
+z_0 being what the network says to the same inputs, with the BatchNorm statistics of as few examples
+where the try has made new ones. No label is read and nothing is trained.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from whet import catalog, packed
 from whet.checkpoint import Rows, fingerprint
 from whet.engine import Engine
 from whet.errors import Refused
+from whet.graph.statistics import reestimate_batchnorm
 from whet.measure import cost
 from whet.probe import Option
-from whet.rungs.sensitivity import Answers, deviation
+from whet.rungs.sensitivity import Answers, answers, deviation
 from whet.runner import Tell, seed_all
 from whet.targets.target import Target
 from whet.task import Task
@@ -38,8 +40,9 @@ Counts = tuple[int, int]  # MACs, bytes as deployed
 NOTHING: Counts = (0, 0)
 FASTER = 0.02  # of the time has to go where a technique acts everywhere
 ALIKE = 0.1  # savings within this share of each other are the same
-# what a try looks at, how long it trains and fits at most, by the knobs that say it
-FEW = {"calibrate": 64, "examples": 64, "starts": 1, "steps": 0, "sweeps": 10}
+EXAMPLES = 64  # that a try looks at
+# what it looks at, how long it trains and fits at most, by the knobs that say it
+FEW = {"calibrate": EXAMPLES, "examples": EXAMPLES, "starts": 1, "steps": 0, "sweeps": 10}
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ class Attempt:
     Args:
         task: the network and its data.
         known: what the network says to the inputs of the tries.
+        settled: the same with the BatchNorm statistics that a try estimates.
         base: counts of its layers.
         targets: the runtimes in question.
         seed: of everything random.
@@ -103,9 +107,23 @@ class Attempt:
 
     task: Task
     known: Answers
+    settled: Answers
     base: Mapping[str, Counts]
     targets: Sequence[Target]
     seed: int
+
+    @classmethod
+    def on(cls, task: Task, targets: Sequence[Target], seed: int) -> Attempt:
+        """What to try on the network of a task."""
+        seed_all(seed + 1, task)  # other examples than those that a try takes statistics from
+        batches = task.statistics()
+        known = answers(task.model, batches or task.validation or [], EXAMPLES)
+        twin = copy.deepcopy(task.model)
+        if batches is not None:
+            seed_all(seed, task)
+            reestimate_batchnorm(twin, batches, FEW["calibrate"])
+        settled = answers(twin, [(inputs, None) for inputs in known.inputs])
+        return cls(task, known, settled, counts(task.model, task.example), targets, seed)
 
     def __call__(self, technique: Technique) -> dict[str, Any]:
         """Deviation and changed layers, and why it was refused if so; seconds to apply and look."""
@@ -120,11 +138,12 @@ class Attempt:
         except Refused as error:
             refused = error.found
         applied, small = time.perf_counter(), work.model.eval()
+        known = self.settled if getattr(technique, "calibrate", 0) else self.known
         with torch.no_grad():
             now = counts(small, self.task.example)
         return {
             "refused": refused,
-            "deviation": deviation(small, self.known),
+            "deviation": deviation(small, known),
             "layers": changed(self.base, now),
             "seconds": [round(applied - began, 3), round(time.perf_counter() - applied, 3)],
         }
@@ -177,9 +196,13 @@ class Tries:
 
 def tried(kind: type[Technique], knobs: Mapping[str, Any]) -> Technique:
     """A technique with these knobs that looks at few examples."""
+    return kind(**{**few(kind), **knobs})
+
+
+def few(kind: type[Technique]) -> dict[str, Any]:
+    """The knobs that say how much it looks at, trains and fits, each at what a try can afford."""
     own = kind.model_fields
-    few = {knob: min(count, own[knob].default) for knob, count in FEW.items() if knob in own}
-    return kind(**{**few, **knobs})
+    return {knob: min(count, own[knob].default) for knob, count in FEW.items() if knob in own}
 
 
 def draw(
@@ -256,14 +279,26 @@ def _screened(
             menu.verdicts[name] = f"it saves no {' and no '.join(sorted(wanted))} here"
     good = _fastest(tries, menu, wanted, stays, firsts)
     room = tries.patience
-    for name in sorted(good, key=lambda name: stays[name][1]["deviation"] / good[name] ** 2):
-        seconds = _seconds(stays[name][0], tries, firsts[name], stays[name][1])
-        if seconds > room:
-            menu.verdicts[name] = f"{_slow(seconds)}, which others are worth more"
+    takes = {n: _seconds(stays[n][0], tries, firsts[n], stays[n][1]) for n in good}
+    ranked = sorted(good, key=lambda name: stays[name][1]["deviation"] / good[name] ** 2)
+    for name in _in_turn(ranked, takes):
+        if takes[name] > room:
+            menu.verdicts[name] = f"{_slow(takes[name])}, which others are worth more"
         else:
             menu.verdicts[name] = "taken"
-            room -= seconds
+            room -= takes[name]
     return [kind for name, (kind, _, _) in stays.items() if menu.verdicts[name] == "taken"]
+
+
+def _in_turn(ranked: Sequence[str], takes: Mapping[str, float]) -> list[str]:
+    """The best of every family, quick ones first so that none is left out; then the others.
+
+    What all of a family do at one place is much the same; a plan needs what other families do.
+    """
+    kinds = catalog.techniques()
+    best = {catalog.family(kinds[name]): name for name in reversed(ranked)}
+    leaders = sorted(best.values(), key=lambda name: takes[name])
+    return [*leaders, *(name for name in ranked if name not in leaders)]
 
 
 def _fastest(
