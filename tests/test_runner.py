@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,29 @@ def test_a_run_goes_on_where_another_with_the_same_first_steps_ended(task: Task,
     assert names == ["1/3 L1Filters (resumed)", "2/3 FineTune (resumed)"]
     assert file == whet.apply(whole, task, **quick).files["model.whet"]
     assert resumed(other)[0] == resumed(whole, seed=1)[0] == []
+
+
+def test_a_run_goes_on_from_steps_that_were_carried_out_alone(task: Task, tmp_path: Path):
+    """They were not measured, and what is not known is said to be None."""
+    first = Recipe.parse("steps: [L1Filters: {amount: 0.25}, L1Filters: {amount: 0.0}]")
+    whole = Recipe([*first.steps, *Recipe.parse("steps: [StaticInt8]").steps])
+    told: list[str] = []
+    quick = QUICK | {"step_readings": False}
+    keeps = quick | {"tell": lambda what, *_: told.append(what), "workspace": tmp_path / "whole"}
+    alone = runner.carried(first, task, workspace=tmp_path / "first", **QUICK)
+    began = whet.apply(whole, task, begun=tmp_path / "first", **keeps)
+    assert "1/3 L1Filters (resumed)" in told and "2/3 L1Filters (resumed)" in told
+    straight = whet.apply(whole, task, **quick)
+    assert began.files["model.whet"] == straight.files["model.whet"]
+    assert alone[0].weight.shape == began.model[0].weight.shape
+    for mine, theirs in zip(began.readings["steps"], straight.readings["steps"], strict=True):
+        assert set(mine) == set(theirs) and mine["refused"] == theirs["refused"]
+        assert mine["metric"] is None
+    # its own checkpoints are whole: the first ones are not needed any more
+    shutil.rmtree(tmp_path / "first")
+    told.clear()
+    whet.apply(whole, task, resume=True, **keeps)
+    assert [what.split()[2:] for what in told if "/3" in what] == [["(resumed)"]] * 3
 
 
 @pytest.mark.usefixtures("unmeasured")

@@ -99,6 +99,14 @@ def write(folder: Path, model: nn.Module, reading: dict[str, Any]) -> None:
     os.replace(partial, folder)
 
 
+def take(known: Path, folder: Path) -> None:
+    """Copy a checkpoint of another run to the folder `folder`."""
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(known, partial)
+    os.replace(partial, folder)
+
+
 def read(folder: Path, fresh: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     """The model and reading of a checkpoint; `fresh` is the uncompressed network, unchanged.
 

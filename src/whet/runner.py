@@ -192,6 +192,21 @@ def apply(recipe: Recipe, task: Task, **options: Any) -> Result:
         return _Run(task, recipe, settings, targets, Path(folder)).result()
 
 
+def carried(recipe: Recipe, task: Task, **options: Any) -> nn.Module:
+    """The network after the steps of `recipe`, which are neither deployed nor measured.
+
+    Args:
+        recipe: the steps.
+        task: the network and its data.
+        options: as `apply` takes them. A run that does the same steps first may begin with what
+            stays in `workspace`.
+    """
+    settings = settings_of(options | {"step_readings": False})
+    with tempfile.TemporaryDirectory(prefix="whet-") as folder:
+        run = _Run(task, recipe, settings, targets_of(settings.target), Path(folder))
+        return run.carried()
+
+
 def prove(result: Result, task: Task, said: dict[str, Any] | None = None, **options: Any) -> Result:
     """Deploy and measure the network of `result` again: on test data, where `task` has any.
 
@@ -290,15 +305,25 @@ class _Run:
     def result(self) -> Result:
         """Do everything."""
         self._claim_workspace()
-        self.begun = self._begun()
         self.settings.tell("original", 0, 1)
         self.original, self.original_net = self._lower(self.parent, "original")
         start = {"step": "original"} | self._reading(self.parent, None)
-        model, steps, last = self.parent, [], start
+        model, steps = self._carried_out(start)
+        return self._finish(model, start, steps)
+
+    def carried(self) -> nn.Module:
+        """Do the steps alone."""
+        self._claim_workspace()
+        return self._carried_out({})[0]
+
+    def _carried_out(self, last: dict[str, Any]) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """The network behind the steps, and what is said of each."""
+        self.begun = self._begun()
+        model, steps = self.parent, []
         for place, step in enumerate(self.recipe.steps, start=1):
             model, last = self._step(model, step, place, last)
             steps.append(last)
-        return self._finish(model, start, steps)
+        return model, steps
 
     def again(self, result: Result, said: dict[str, Any]) -> Result:
         """Measure the end of a run once more."""
@@ -366,7 +391,11 @@ class _Run:
         known = saved if saved is not None and saved.exists() else self.begun.get(place)
         if known is not None:
             self.settings.tell(f"{label} (resumed)", 1, 1)
-            return checkpoint.read(known, self.task.model)
+            if saved is not None and saved != known:
+                checkpoint.take(known, saved)
+            model, said = checkpoint.read(known, self.task.model)
+            # the other run may have measured nothing
+            return model, (last if said["refused"] else dict.fromkeys(last)) | said
         self.settings.tell(label, 0, 1)
         seed_all(self.settings.seed * 1000 + place, self.task)
         work = Work(

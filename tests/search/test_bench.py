@@ -42,7 +42,9 @@ def at(tmp_path, monkeypatch):
     wish = Wish(Goals(drop="1pp"), "latency", 4, 2, 1.0, 100.0, None, ["float"])
     found = Bench(tiny_task("plain_cnn"), wish, Settings(workspace=tmp_path), Rows(), Here())
     batches = len(found.task.train)
-    found.rows.get(f"step {found.network}", lambda: [1.0 / batches, 1.0])  # an epoch takes a second
+    found.rows.get(
+        f"step {found.network}", lambda: [1.0 / batches, 1.0, 0.0]
+    )  # an epoch takes a second
     return found, clock
 
 
@@ -72,6 +74,17 @@ def test_the_share_is_settled_once(at):
     assert found._epochs(plan(), "short", WAY) == first
 
 
+def test_plans_that_take_long_to_carry_out_leave_less_to_the_recoveries(at):
+    found, clock = at
+    clock.now = 25.0
+    found.rows = Rows()
+    found.rows.get(f"step {found.network}", lambda: [1.0 / len(found.task.train), 1.0, 4.0])
+    short = found._epochs(plan(), "short", WAY)
+    recoveries = short * (4 + 2 * TIMES)
+    others = 5  # of six plans one is carried out already
+    assert clock.now + 100.0 * STEERING + recoveries + others * 4.0 == pytest.approx(100, rel=1e-3)
+
+
 def test_slow_tries_leave_the_recoveries_their_least(at):
     found, clock = at
     clock.now = 99.0
@@ -97,7 +110,7 @@ def test_a_kill_between_trainings_repeats_none(tmp_path):
     def begin():
         found = small(tmp_path, Rows(tmp_path / "rows.jsonl"))
         cut = found._cut
-        found._cut = lambda plan: trained.append(plan) or cut(plan)  # type: ignore
+        found._cut = lambda *args: trained.append(args) or cut(*args)  # type: ignore
         return found
 
     whole = begin()._recovery(plan(), WAY)
@@ -128,6 +141,27 @@ def test_a_probe_is_a_part_of_a_short_recovery(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.catalog, "technique", tell)
     found._recovery(plan(), WAY)
     assert epochs == [pytest.approx(PROBE * 0.1)] * len(FIRST)
+
+
+def test_a_plan_is_carried_out_once_for_all_that_trains_it(tmp_path, monkeypatch):
+    cuts, apply = [], L1Filters.apply
+    monkeypatch.setattr(
+        L1Filters, "apply", lambda self, work: cuts.append(self) or apply(self, work)
+    )
+    found = small(tmp_path)
+    short = found.trial(plan(), WAY, "short")
+    assert len(cuts) == 1
+    long = found.trial(plan(), WAY, "long", short)
+    assert len(cuts) == 1
+    assert long["epochs"] > short["epochs"]
+    alone = small(tmp_path / "alone")
+    alone.rows.known |= found.rows.known
+    alone.rows.known = {k: v for k, v in alone.rows.known.items() if not isinstance(v, dict)}
+    again = alone.trial(plan(), WAY, "short")
+    assert len(cuts) == 2
+    files = [tmp_path / s["folder"] / "model.whet" for s in (short,)]
+    files += [tmp_path / "alone" / again["folder"] / "model.whet"]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_runtime_that_dies_on_a_plan_ends_no_search(tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ class Bench:
 
     def _profile(self, steps: Sequence[Technique], way: Way) -> dict[str, Any]:
         target = catalog.target(way.target)
-        work = self._work(target)
+        work = Work(copy.deepcopy(self.task.model), self.task.model, self.task, targets=[target])
         for step in steps:
             step.apply(work)
         layers = counts(work.model, self.task.example)
@@ -211,7 +211,9 @@ class Bench:
             "offers": plan.named,
         }
         goes_on = kind == "short" and bool(plan.offers)
-        begun = None if before is None else self._steps(self.home / before["folder"])
+        begun = self._steps(
+            self._cut_folder(plan) if before is None else self.home / before["folder"]
+        )
 
         def make() -> dict[str, Any]:
             return self._carried_out(recipe, way, folder, goes_on, begun)
@@ -228,11 +230,11 @@ class Bench:
 
     def tidy(self) -> None:
         """Remove the checkpoints of all trials."""
-        for steps in self.home.glob("trial-*.steps"):
+        for steps in self.home.glob("*.steps"):
             shutil.rmtree(steps, ignore_errors=True)
 
     def _carried_out(
-        self, recipe: Recipe, way: Way, folder: Path, goes_on: bool, begun: Path | None
+        self, recipe: Recipe, way: Way, folder: Path, goes_on: bool, begun: Path
     ) -> dict[str, Any]:
         """Run a recipe; of one that another may go on from, the checkpoints stay."""
         began, steps = time.monotonic(), self._steps(folder)
@@ -306,26 +308,33 @@ class Bench:
         batches = len(self.task.train)  # type: ignore[arg-type]
 
         def measured() -> list[float]:
-            work = self._cut(plan)
-            start = catalog.technique("Distill", {"epochs": STEPS / batches})
             began = time.monotonic()
-            _attempt(start, work)
-            return [(time.monotonic() - began) / STEPS, plan.costs["macs"]]
+            work = self._cut(plan, way)
+            cut = time.monotonic()
+            _attempt(catalog.technique("Distill", {"epochs": STEPS / batches}), work)
+            return [(time.monotonic() - cut) / STEPS, plan.costs["macs"], cut - began]
 
-        step, share = self.rows.get(f"step {self.network}", measured)
-        left = self.rows.get(f"time left {self.network}", lambda: self._left(way))
+        step, share, cut = self.rows.get(f"step {self.network}", measured)
+        left = self.rows.get(f"time left {self.network}", lambda: self._left(way, cut))
         seconds = left * times / (self.wish.trials + TIMES * self.wish.finals)
         step *= _work_of(plan.costs["macs"]) / _work_of(share)
         return round(max(seconds / (step * batches), 1e-3), 3)
 
-    def _left(self, way: Way) -> float:
+    def _left(self, way: Way, cut: float) -> float:
         """Seconds for the recoveries: the tries are over, trials are proved as the first was.
 
         What steers the recoveries is still to come.
+
+        Args:
+            way: how plans end.
+            cut: seconds that the first plan took to be carried out; the others are expected to
+                take as long.
         """
         assert self.wish.seconds is not None
-        turns = self.wish.trials + self.wish.finals + 1  # and the choice, on the test data
-        spent = time.monotonic() - self.began + turns * self.proofs.get(way, 0.0)
+        turns = self.wish.trials + self.wish.finals
+        # the choice is proved as well, on the test data
+        proofs = (turns + 1) * self.proofs.get(way, 0.0)
+        spent = time.monotonic() - self.began + proofs + (turns - 1) * cut
         spent += STEERING * self.wish.seconds
         return max(self.wish.seconds - spent, LEAST * self.wish.seconds)
 
@@ -339,7 +348,7 @@ class Bench:
 
         def measured(knobs: dict[str, Any]) -> tuple[float, float]:
             began = time.monotonic()
-            work = self._cut(plan)
+            work = self._cut(plan, way)
             _attempt(catalog.technique("Distill", {"epochs": epochs} | knobs), work)
             return -deviation(work.model, known()), time.monotonic() - began
 
@@ -352,17 +361,20 @@ class Bench:
             f"recovery {self.network}", lambda: steered(probe, seconds, self.settings.seed)
         )
 
-    def _cut(self, plan: Plan) -> Work:
-        """The network cut, for a training that does not look at validation data."""
-        runner.seed_all(self.settings.seed, self.task)
-        work = self._work()
-        for step in plans.steps(plan.offers):
-            _attempt(step, work)
-        work.task = dataclasses.replace(self.task, validation=None)
-        return work
+    def _cut(self, plan: Plan, way: Way) -> Work:
+        """The network cut, for a training that does not look at validation data.
 
-    def _work(self, *targets: Target) -> Work:
-        return Work(copy.deepcopy(self.task.model), self.task.model, self.task, targets=targets)
+        It is cut once; a trial of the same plan begins with it.
+        """
+        steps = self._steps(self._cut_folder(plan))
+        options = self.options(way.target) | {"workspace": steps, "resume": steps.exists()}
+        model = runner.carried(Recipe(plans.steps(plan.offers)), self.task, **options)
+        runner.seed_all(self.settings.seed, self.task)
+        return Work(model, self.task.model, dataclasses.replace(self.task, validation=None))
+
+    def _cut_folder(self, plan: Plan) -> Path:
+        name = Recipe(plans.steps(plan.offers)).yaml()
+        return self.home / f"cut-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
 
 
 def _work_of(macs: float) -> float:
