@@ -25,7 +25,17 @@ def test_two_offers_on_one_layer_leave_the_product_of_what_each_leaves():
 def test_a_layer_that_is_gone_is_gone_and_a_new_one_is_there():
     gone = offer("b", b=(0, 0), **{"b.0": (300, 80)})
     found = combined(BASE, [gone, offer("a", b=(2000, 400))])
-    assert found == {"a": (1000, 400), "c": (0, 40), "b.0": (300, 80)}
+    assert found == {"a": (1000, 400), "c": (0, 40), "b.0": (212, 57)}
+    assert combined(BASE, [offer("a", b=(2000, 400)), gone]) == found
+
+
+def test_two_factors_share_what_a_cut_of_both_sides_leaves():
+    """Of a layer u x v and its factors u x r and r x v: half of u and half of v."""
+    base = {"a": (10, 10), "b": (6 * 8, 6 * 8)}
+    factors = offer("b", b=(0, 0), **{"b.0": (6 * 4, 6 * 4), "b.1": (4 * 8, 4 * 8)})
+    outputs, inputs = offer("b", b=(6 * 4, 6 * 4)), offer("a", b=(3 * 8, 3 * 8))
+    found = combined(base, [factors, outputs, inputs])
+    assert found == {"a": (10, 10), "b.0": (3 * 4, 3 * 4), "b.1": (4 * 4, 4 * 4)}
 
 
 def measured(layers):

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from whet.engine import Engine
 from whet.errors import Disagrees, Refused, TargetFailed
 from whet.measure import latency
 from whet.recipe import Recipe
-from whet.rungs.sensitivity import answers, deviation
+from whet.rungs.sensitivity import Answers, answers, deviation
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
 from whet.search.menu import Attempt, Menu, Tries, counts, draw, few
 from whet.search.plan import Plan
-from whet.search.steering import steered
+from whet.search.steering import FIRST, steered
 from whet.search.wish import Wish, finishing
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
@@ -43,6 +43,8 @@ LEAST = 0.3  # of the time is for recoveries, however long the tries took
 TRYING = 0.15  # of the time is for tries
 PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
+LESSON = 30  # training steps that say what share of a technique's deviation stays
+LESSONS, FAMILIES = 0.06, 4  # of the time, at most, and about how many techniques share it
 STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
 JUDGED = 5000  # validation examples whose answers judge one
@@ -97,8 +99,35 @@ class Bench:
         patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
         attempt = Attempt.on(self.task, targets, self.settings.seed)
         clock = (lambda step: self._faster([step], way)) if timed else None
-        tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell, clock)
+        lesson = None if self.task.train is None else partial(self._taught, attempt.known)
+        tell = self.settings.tell
+        tries = Tries(attempt, self.rows, self.engine, patience, tell, clock, lesson)
         return draw(tries, wanted, self.wish.techniques, finishing(way.finish))
+
+    def _taught(self, known: Answers, step: Technique) -> float:
+        """The deviation after a step and a short training."""
+        batches = len(self.task.train)  # type: ignore[arg-type]
+
+        def trained(steps: Sequence[Technique], length: int) -> Work:
+            runner.seed_all(self.settings.seed, self.task)
+            task = dataclasses.replace(self.task, validation=None)
+            work = Work(copy.deepcopy(task.model), task.model, task)
+            lesson = catalog.technique("Distill", {"epochs": length / batches} | FIRST[1])
+            for each in (*steps, lesson):
+                _attempt(each, work)
+            return work
+
+        def pace() -> float:
+            began = time.monotonic()
+            trained([], 2)
+            return (time.monotonic() - began) / 2
+
+        length = LESSON
+        if self.wish.seconds is not None:
+            slow = self.rows.get(f"pace {self.network}", pace)
+            length = max(1, min(LESSON, int(LESSONS * self.wish.seconds / slow / FAMILIES)))
+        name = f"lesson {length} {step.name} {step.model_dump_json()} {self.network}"
+        return self.rows.get(name, lambda: deviation(trained([step], length).model, known))
 
     def profiles(self, menu: Menu, way: Way) -> list[Profile]:
         """All plans timed layer by layer in the runtime: the untouched network, some at random."""

@@ -13,13 +13,14 @@ c sum_l bytes_l + d.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from whet.search.menu import Counts, Offer, total
+from whet.search.menu import NOTHING, Counts, Offer, total
 
 
 @dataclass(frozen=True)
@@ -48,19 +49,37 @@ class Profile:
 def combined(base: Mapping[str, Counts], offers: Sequence[Offer]) -> dict[str, Counts]:
     """The layers under several offers: what they leave of a layer, multiplied.
 
-    A layer that one of them made anew keeps that one's counts.
+    Layers in the place of another have the roots of what is left of that one: a cut of its inputs
+    or its outputs meets the first of them or the last.
     """
-    now: dict[str, Any] = {path: [float(n) for n in each] for path, each in base.items()}
+    left: dict[str, list[float]] = {path: [1.0, 1.0] for path in base}
+    gone: set[str] = set()
+    new: dict[str, Counts] = {}
     for offer in offers:
         for path, each in offer.layers.items():
-            old = base.get(path)
-            if old is None:
-                now[path] = [float(n) for n in each]
-                continue
-            shares = [a / b if b else 1.0 for a, b in zip(each, old, strict=True)]
-            now[path] = [n * share for n, share in zip(now[path], shares, strict=True)]
-    whole = {path: (round(macs), round(size)) for path, (macs, size) in now.items()}
+            if path not in base:
+                new[path] = each
+            elif each == NOTHING and any(base[path]):
+                gone.add(path)
+            else:
+                shares = [a / b if b else 1.0 for a, b in zip(each, base[path], strict=True)]
+                left[path] = [was * share for was, share in zip(left[path], shares, strict=True)]
+    whole = {
+        path: (round(counts[0] * left[path][0]), round(counts[1] * left[path][1]))
+        for path, counts in base.items()
+        if path not in gone
+    }
+    for path, (macs, size) in new.items():
+        share = left.get(place_of(base, path), [1.0, 1.0])
+        whole[path] = round(macs * math.sqrt(share[0])), round(size * math.sqrt(share[1]))
     return {path: each for path, each in whole.items() if any(each)}
+
+
+def place_of(base: Mapping[str, Counts], path: str) -> str:
+    """The layer of the original at this path or above it; "" where there is none."""
+    while path and path not in base:
+        path = path.rpartition(".")[0]
+    return path
 
 
 @dataclass
@@ -100,7 +119,7 @@ class Costs:
         Layers of the original their counts there; new ones those of the layer whose place they
         took, and who stands beside them in it.
         """
-        places = {path: self._place(path) for path in layers}
+        places = {path: place_of(self.base, path) for path in layers}
         beside: dict[str, list[str]] = {}
         for path, place in places.items():
             if place != path:
@@ -111,12 +130,6 @@ class Costs:
             else (self.base.get(place, place), path[len(place) :], tuple(sorted(beside[place])))
             for path, place in places.items()
         }
-
-    def _place(self, path: str) -> str:
-        """The layer of the original at this path or above it; "" where there is none."""
-        while path and path not in self.base:
-            path = path.rpartition(".")[0]
-        return path
 
     def _layer_time(self, layers: Mapping[str, Counts]) -> float:
         likes = self._likes(layers)

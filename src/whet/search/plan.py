@@ -2,8 +2,9 @@
 
     min sum L   subject to   cost_m <= limit_m
 
-is a multiple-choice knapsack (`solve`). Costs are not quite sums, since one layer's time depends on
-what is done on both of its sides, so they are made linear around the last choice and solved again.
+is a multiple-choice knapsack (`solve`). All that is done at one place is one choice. Costs are not
+quite sums, since one layer's time depends on what is done on both of its sides: limits are lowered
+to where they are asked for in steps, and costs made linear around the choice of the last.
 What lies in a block that goes has no choice any more: a block and its inside are one group.
 """
 
@@ -21,7 +22,8 @@ from whet.search.costs import Costs
 from whet.search.menu import NOTHING, Menu, Offer
 from whet.technique import Technique
 
-ROUNDS = 4  # of making costs linear
+STEPS = 4  # from what the untouched network costs to the limits, each by the same factor
+ROUNDS = 8  # of making costs linear, these included
 MOST = 256  # joint options of a block and its inside
 CLOSER = 0.98  # the limits of each next round, where the true costs are over theirs
 Bundle = tuple[Offer, ...]
@@ -61,25 +63,36 @@ def bundles(menu: Menu) -> list[list[Bundle]]:
             inside[max(holds, key=lambda b: len(b[1]))].append(key)
         else:
             loose.append(key)
-    groups = _axes(menu, loose)
+    groups = _by_place(menu, loose)
     for key in menu.offers:
         if key in whole:
-            axes = _axes(menu, inside[key])
-            while math.prod(map(len, axes)) > MOST:
-                longest = max(range(len(axes)), key=lambda k: len(axes[k]))
-                axes[longest].pop()
-            joint = [sum(each, ()) for each in itertools.product(*axes)]
+            joint = _joint(_by_place(menu, inside[key]))
             groups.append([*joint, *[(offer,) for offer in menu.offers[key]]])
     return groups
 
 
-def _axes(menu: Menu, keys: Iterable[tuple[str, str]]) -> list[list[Bundle]]:
-    """What can be chosen apart from all else; of forms for the weights of one place, one."""
-    axes: dict[tuple[str, str], list[Bundle]] = {}
+def _by_place(menu: Menu, keys: Iterable[tuple[str, str]]) -> list[list[Bundle]]:
+    """Of each place what can be done there together.
+
+    Of forms for its weights one, of what takes its place one, and one of each other technique.
+    """
+    places: dict[str, dict[str, list[Bundle]]] = {}
     for name, place in keys:
-        mine = "" if catalog.techniques()[name].makes else name
-        axes.setdefault((mine, place), [()]).extend((o,) for o in menu.offers[name, place])
-    return list(axes.values())
+        offers = menu.offers[name, place]
+        kind = "form" if catalog.techniques()[name].makes else name
+        if any(offer.layers.get(place) == NOTHING for offer in offers):
+            kind = "other layers"
+        slots = places.setdefault(place, {})
+        slots.setdefault(kind, [()]).extend((offer,) for offer in offers)
+    return [_joint(list(slots.values())) for slots in places.values()]
+
+
+def _joint(axes: list[list[Bundle]]) -> list[Bundle]:
+    """All choices of one of each; where they are too many, without the last of the longest."""
+    while math.prod(map(len, axes)) > MOST:
+        longest = max(range(len(axes)), key=lambda k: len(axes[k]))
+        axes[longest].pop()
+    return [flat(each) for each in itertools.product(*axes)]
 
 
 def _empties(menu: Menu, offer: Offer) -> bool:
@@ -98,15 +111,18 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
     """
     groups = bundles(menu)
     current: list[Bundle] = [group[0] for group in groups]
+    whole = costs.predict(())
     tight, found = dict(limits), None
-    for _ in range(ROUNDS):
-        options, room = _linear(groups, current, costs, tight)
+    for turn in range(1, ROUNDS + 1):
+        part = min(turn / STEPS, 1.0)
+        goal = {name: max(whole[name], t) ** (1 - part) * t**part for name, t in tight.items()}
+        options, room = _linear(groups, current, costs, goal)
         try:
             picks = solve.choose(options, room, gap=1e-3).picks
         except solve.Unreachable as error:
             if found is not None:
                 return found
-            near = {name: tight[name] + error.costs[name] - room[name] for name in limits}
+            near = {name: goal[name] + error.costs[name] - room[name] for name in limits}
             raise solve.Unreachable(limits, near) from None
         current = [group[pick] for group, pick in zip(groups, picks, strict=True)]
         chosen = flat(current)
@@ -114,7 +130,10 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
         over = [name for name, limit in limits.items() if plan.costs[name] > limit * (1 + 1e-6)]
         if not over and (found is None or plan.deviation < found.deviation):
             found = plan
-        tight |= {name: tight[name] * CLOSER for name in over}
+        if part == 1.0:
+            tight |= {
+                name: tight[name] * min(CLOSER, limits[name] / plan.costs[name]) for name in over
+            }
     return found or plan
 
 

@@ -56,6 +56,7 @@ FIRST_RATE = 0.25  # the drop at a deviation of 1, before any trial was made
 LEAST_DROP = 0.2  # of the limit: no trial is taken to have lost less
 SOLVES = 10  # to find the plan of a deviation
 FURTHER, STEPS = 1.1, 8  # in deviation, from a plan that is known, and how often
+OVER = 1.02  # times its limit a plan may cost, as costs are not quite sums
 MARGIN = 0.99  # predicted costs keep this far within their limits
 
 
@@ -366,6 +367,9 @@ class Search:
                 plan = plans.choose(menu, costs, dict(limits) | {self.wish.minimize: share})
             except solve.Unreachable:
                 low = share
+                continue
+            if plan.costs[self.wish.minimize] > share * OVER:
+                low = share  # no plan that was found keeps within it
                 continue
             if plan.deviation <= room:
                 high, bearable = share, True
