@@ -13,8 +13,8 @@ from whet.measure.latency import Timing
 from whet.probe import Option
 from whet.runner import Settings
 from whet.search import bench
-from whet.search.bench import LEAST, PROBE, STEERING, TIMES, Bench, Way
-from whet.search.menu import Offer
+from whet.search.bench import LEAST, LESSON, LESSONS, PROBE, STEERING, TIMES, Bench, Way
+from whet.search.menu import Attempt, Offer
 from whet.search.plan import Plan
 from whet.search.steering import FIRST
 from whet.search.wish import Wish
@@ -141,6 +141,32 @@ def test_a_probe_is_a_part_of_a_short_recovery(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.catalog, "technique", tell)
     found._recovery(plan(), WAY)
     assert epochs == [pytest.approx(PROBE * 0.1)] * len(FIRST)
+
+
+def test_a_lesson_is_a_short_training_behind_a_step(tmp_path, monkeypatch):
+    epochs, make = [], bench.catalog.technique
+    tell = lambda name, knobs: epochs.append(knobs["epochs"]) or make(name, knobs)  # noqa: E731
+    monkeypatch.setattr(bench.catalog, "technique", tell)
+    found = small(tmp_path)
+    attempt = Attempt.on(found.task, [], 0)
+    half = L1Filters(amount=0.5, multiple_of=2, calibrate=64)
+    cut = attempt(half)["deviation"]
+    after = found._taught(attempt.known, half)
+    assert after != cut and after >= 0.0
+    assert found._taught(attempt.known, half) == after
+    assert epochs == [LESSON / len(found.task.train)]
+
+
+@pytest.mark.parametrize(("pace", "steps"), [(0.001, LESSON), (0.15, 10), (1e3, 1)])
+def test_lessons_of_a_slow_network_are_shorter(at, monkeypatch, pace, steps):
+    found, _ = at
+    lengths, make = [], bench.catalog.technique
+    tell = lambda name, knobs: lengths.append(knobs["epochs"]) or make(name, knobs)  # noqa: E731
+    monkeypatch.setattr(bench.catalog, "technique", tell)
+    found.rows.get(f"pace {found.network}", lambda: pace)
+    found._taught(Attempt.on(found.task, [], 0).known, L1Filters(amount=0.5))
+    assert [length * len(found.task.train) for length in lengths] == [pytest.approx(steps)]
+    assert 4 * steps * pace <= max(LESSONS * 100.0, 4 * pace)
 
 
 def test_a_plan_is_carried_out_once_for_all_that_trains_it(tmp_path, monkeypatch):

@@ -110,3 +110,21 @@ def test_a_long_recovery_is_for_what_is_not_within_the_limit_yet(explored: Any):
             assert len(final["offers"]) not in others
             kinds.add("a new one" if len(final["offers"]) != within else "the best")
     assert kinds == {"beyond the limit", "a new one", "the best"}
+
+
+def test_a_plan_over_its_limit_is_none(monkeypatch: pytest.MonkeyPatch, explored: Any):
+    """Costs are no sums: a solver that promises more than its plans keep has misled a search."""
+    monkeypatch.setattr(run.plans, "choose", lambda *args: _overdone(choose(*args)))
+    trials = explored(0.09, 0.0, 0)
+    assert trials and all(t["latency"] >= latency(FEWEST) for t in trials)
+    assert max(t["deviation"] for t in trials) <= 0.04 * FEWEST
+
+
+FEWEST = 3  # blocks that really go, however many were asked for
+
+
+def _overdone(plan: Plan) -> Plan:
+    """Of strong plans the costs are not what was asked for, and what they disturb looks small."""
+    if len(plan.offers) <= FEWEST:
+        return plan
+    return Plan(plan.offers, 0.0, {"latency": latency(FEWEST)})

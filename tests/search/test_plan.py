@@ -101,6 +101,64 @@ def test_what_cannot_be_reached_names_the_nearest():
     assert caught.value.costs["macs"] == pytest.approx(plans.least(menu(), costs(), "macs"))
 
 
+def stack(depth):
+    """Layers one behind the other: cuts meet two of them, factors take the place of one."""
+    base = {str(k): (1000 * (k + 1), 100 * (k + 1)) for k in range(depth)}
+    offers = {}
+    for place, (macs, size) in base.items():
+        after = str(int(place) + 1)
+        cuts = []
+        for amount, deviation in ((0.25, 0.001), (0.5, 0.004), (0.75, 0.02)):
+            option = Option(L1Filters(amount=amount, only=(place,)), place, "amount", amount)
+            layers = {
+                path: tuple(int(count * (1 - amount)) for count in base[path])
+                for path in (place, after)
+                if path in base
+            }
+            cuts.append(Offer(option, deviation * (1 + int(place) % 3), layers))
+        offers["L1Filters", place] = cuts
+        factors = []
+        for ratio, deviation in ((0.5, 0.002), (0.25, 0.01)):
+            half = (int(ratio * macs / 2), int(ratio * size / 2))
+            layers = {place: (0, 0), f"{place}.0": half, f"{place}.1": half}
+            option = Option(Cp(ratio=ratio, only=(place,)), place, "ratio", ratio)
+            factors.append(Offer(option, deviation * (1 + int(place) % 2), layers))
+        offers["Cp", place] = factors
+        thin = {place: (0, 0), f"{place}.0": (macs // 2, size // 2)}
+        option = Option(Svd(energy=0.9, only=(place,)), place, "energy", 0.9)
+        offers["Svd", place] = [Offer(option, 0.003, thin)]
+    times = {path: float(macs) for path, (macs, _) in base.items()}
+    return Menu(base, offers), Costs(base, [Profile(base, times, 1.0, 1.0)])
+
+
+@pytest.mark.parametrize("limit", [0.6, 0.4, 0.25, 0.15, 0.1])
+def test_a_plan_keeps_its_limit_where_costs_are_far_from_sums(limit):
+    drawn, known = stack(3)
+    found = plans.choose(drawn, known, {"macs": limit})
+    assert known.predict(found.offers)["macs"] == found.costs["macs"] <= limit
+    every = [plans.flat(joint) for joint in itertools.product(*plans.bundles(drawn))]
+    best = min(sum(o.deviation for o in p) for p in every if known.predict(p)["macs"] <= limit)
+    assert found.deviation <= 1.25 * best
+
+
+def test_a_plan_keeps_its_limit_in_a_deep_network():
+    drawn, known = stack(24)
+    for limit in (0.5, 0.25, 0.12):
+        found = plans.choose(drawn, known, {"macs": limit})
+        assert 0.85 * limit <= found.costs["macs"] <= limit
+
+
+def test_what_takes_the_place_of_a_layer_is_one_thing():
+    drawn, _ = stack(3)
+    groups = plans.bundles(drawn)
+    assert [len(group) for group in groups] == [4 * 4] * 3
+    for group in groups:
+        assert group[0] == ()
+        for bundle in group:
+            names = [o.option.technique.name for o in bundle]
+            assert not {"Cp", "Svd"} <= set(names) and len(set(names)) == len(names)
+
+
 def test_channels_of_one_technique_are_one_step_and_blocks_come_first():
     thin = {"out": (0, 0), "out.0": (20, 8)}
     factor = Offer(Option(Svd(energy=0.9, only=("out",)), "out", "energy", 0.9), 0.1, thin)

@@ -24,6 +24,7 @@ from whet.technique import Technique
 
 STEPS = 4  # from what the untouched network costs to the limits, each by the same factor
 ROUNDS = 8  # of making costs linear, these included
+SWEEPS = 2  # over all groups, for what room is left
 MOST = 256  # joint options of a block and its inside
 CLOSER = 0.98  # the limits of each next round, where the true costs are over theirs
 Bundle = tuple[Offer, ...]
@@ -112,7 +113,7 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
     groups = bundles(menu)
     current: list[Bundle] = [group[0] for group in groups]
     whole = costs.predict(())
-    tight, found = dict(limits), None
+    tight, found, best = dict(limits), None, current
     for turn in range(1, ROUNDS + 1):
         part = min(turn / STEPS, 1.0)
         goal = {name: max(whole[name], t) ** (1 - part) * t**part for name, t in tight.items()}
@@ -121,20 +122,54 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
             picks = solve.choose(options, room, gap=1e-3).picks
         except solve.Unreachable as error:
             if found is not None:
-                return found
+                break
             near = {name: goal[name] + error.costs[name] - room[name] for name in limits}
             raise solve.Unreachable(limits, near) from None
         current = [group[pick] for group, pick in zip(groups, picks, strict=True)]
         chosen = flat(current)
-        plan = Plan(chosen, sum(o.deviation for o in chosen), costs.predict(chosen))
+        plan = Plan(chosen, _disturbs(chosen), costs.predict(chosen))
         over = [name for name, limit in limits.items() if plan.costs[name] > limit * (1 + 1e-6)]
         if not over and (found is None or plan.deviation < found.deviation):
-            found = plan
+            found, best = plan, current
         if part == 1.0:
             tight |= {
                 name: tight[name] * min(CLOSER, limits[name] / plan.costs[name]) for name in over
             }
-    return found or plan
+    return plan if found is None else _milder(groups, best, costs, limits)
+
+
+def _milder(
+    groups: Sequence[Sequence[Bundle]],
+    current: Sequence[Bundle],
+    costs: Costs,
+    limits: Mapping[str, float],
+) -> Plan:
+    """The plan, every group in turn at the mildest of what the limits leave room for.
+
+    Where costs are no sums the solver leaves room. Who can gain most comes first.
+    """
+    picks = list(current)
+
+    def mildest(k: int) -> Bundle:
+        for bundle in sorted(groups[k], key=_disturbs):
+            if _disturbs(bundle) >= _disturbs(picks[k]):
+                break
+            cost = costs.predict(flat([*picks[:k], bundle, *picks[k + 1 :]]))
+            if all(cost[name] <= limit for name, limit in limits.items()):
+                return bundle
+        return picks[k]
+
+    for _ in range(SWEEPS):
+        gains = [_disturbs(picks[k]) - _disturbs(mildest(k)) for k in range(len(picks))]
+        for k in sorted(range(len(picks)), key=lambda k: -gains[k]):
+            if gains[k] > 0:
+                picks[k] = mildest(k)
+    chosen = flat(picks)
+    return Plan(chosen, _disturbs(chosen), costs.predict(chosen))
+
+
+def _disturbs(bundle: Bundle) -> float:
+    return sum(offer.deviation for offer in bundle)
 
 
 def _linear(
@@ -153,7 +188,7 @@ def _linear(
         for bundle in group:
             then = costs.predict((*rest, *bundle))
             change = {name: then[name] - now[name] for name in limits}
-            row.append(solve.Option(sum(o.deviation for o in bundle), change))
+            row.append(solve.Option(_disturbs(bundle), change))
         options.append(row)
     return options, room
 
