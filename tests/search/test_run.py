@@ -67,8 +67,9 @@ def test_the_next_plan_is_the_strongest_that_should_be_bearable(monkeypatch, roo
     """Deviations grow as shares fall, in steps: there is none between 0 and the mildest, 0.02."""
 
     def choose(menu, costs, limits):
-        saved = 1 - limits.get("latency", 1.0)
-        return Plan((None,) * (saved > 0), 0.02 * math.ceil(20 * saved), {})
+        share = limits.get("latency", 1.0)
+        steps = math.ceil(20 * (1 - share))
+        return Plan((None,) * (share < 1), 0.02 * steps, {"latency": share})
 
     monkeypatch.setattr(run.plans, "choose", choose)
     search = run.Search.__new__(run.Search)
