@@ -118,6 +118,7 @@ def test_a_plan_over_its_limit_is_none(monkeypatch: pytest.MonkeyPatch, explored
     trials = explored(0.09, 0.0, 0)
     assert trials and all(t["latency"] >= latency(FEWEST) for t in trials)
     assert max(t["deviation"] for t in trials) <= 0.04 * FEWEST
+    assert max(len(t["offers"]) for t in trials) <= FEWEST + 1  # the next is within `run.OVER`
 
 
 FEWEST = 3  # blocks that really go, however many were asked for

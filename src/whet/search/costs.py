@@ -59,7 +59,7 @@ def combined(base: Mapping[str, Counts], offers: Sequence[Offer]) -> dict[str, C
         for path, each in offer.layers.items():
             if path not in base:
                 new[path] = each
-            elif each == NOTHING and any(base[path]):
+            elif each == NOTHING:
                 gone.add(path)
             else:
                 shares = [a / b if b else 1.0 for a, b in zip(each, base[path], strict=True)]

@@ -25,7 +25,7 @@ from whet.technique import Technique
 STEPS = 4  # from what the untouched network costs to the limits, each by the same factor
 ROUNDS = 8  # of making costs linear, these included
 SWEEPS = 2  # over all groups, for what room is left
-MOST = 256  # joint options of a block and its inside
+MOST = 256  # joint options of one place, and of a block and its inside
 CLOSER = 0.98  # the limits of each next round, where the true costs are over theirs
 Bundle = tuple[Offer, ...]
 
@@ -125,12 +125,14 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
                 break
             near = {name: goal[name] + error.costs[name] - room[name] for name in limits}
             raise solve.Unreachable(limits, near) from None
-        current = [group[pick] for group, pick in zip(groups, picks, strict=True)]
+        before, current = current, [group[pick] for group, pick in zip(groups, picks, strict=True)]
         chosen = flat(current)
         plan = Plan(chosen, _disturbs(chosen), costs.predict(chosen))
         over = [name for name, limit in limits.items() if plan.costs[name] > limit * (1 + 1e-6)]
         if not over and (found is None or plan.deviation < found.deviation):
             found, best = plan, current
+        if part == 1.0 and not over and current == before:
+            break  # costs are linear around it already
         if part == 1.0:
             tight |= {
                 name: tight[name] * min(CLOSER, limits[name] / plan.costs[name]) for name in over
