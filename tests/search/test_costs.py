@@ -1,5 +1,8 @@
 """Counts multiply, tables interpolate, and what trials taught corrects what is predicted."""
 
+import itertools
+import random
+
 import pytest
 
 from whet.probe import Option
@@ -14,19 +17,23 @@ def offer(place, **layers):
     return Offer(Option(L1Filters(), place, "amount", 0.5), 0.1, layers)
 
 
+def together(base, offers):
+    return combined(base, [each.layers for each in offers])
+
+
 def test_two_offers_on_one_layer_leave_the_product_of_what_each_leaves():
     half = offer("a", a=(500, 200), b=(2000, 400))
     also = offer("b", b=(1000, 400))
-    found = combined(BASE, [half, also])
+    found = together(BASE, [half, also])
     assert found == {"a": (500, 200), "b": (500, 200), "c": (0, 40)}
-    assert combined(BASE, []) == BASE
+    assert together(BASE, []) == BASE
 
 
 def test_a_layer_that_is_gone_is_gone_and_a_new_one_is_there():
     gone = offer("b", b=(0, 0), **{"b.0": (300, 80)})
-    found = combined(BASE, [gone, offer("a", b=(2000, 400))])
+    found = together(BASE, [gone, offer("a", b=(2000, 400))])
     assert found == {"a": (1000, 400), "c": (0, 40), "b.0": (212, 57)}
-    assert combined(BASE, [offer("a", b=(2000, 400)), gone]) == found
+    assert together(BASE, [offer("a", b=(2000, 400)), gone]) == found
 
 
 def test_two_factors_share_what_a_cut_of_both_sides_leaves():
@@ -34,8 +41,27 @@ def test_two_factors_share_what_a_cut_of_both_sides_leaves():
     base = {"a": (10, 10), "b": (6 * 8, 6 * 8)}
     factors = offer("b", b=(0, 0), **{"b.0": (6 * 4, 6 * 4), "b.1": (4 * 8, 4 * 8)})
     outputs, inputs = offer("b", b=(6 * 4, 6 * 4)), offer("a", b=(3 * 8, 3 * 8))
-    found = combined(base, [factors, outputs, inputs])
+    found = together(base, [factors, outputs, inputs])
     assert found == {"a": (10, 10), "b.0": (3 * 4, 3 * 4), "b.1": (4 * 4, 4 * 4)}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_changed_place_by_place_adds_up_to_the_whole(seed):
+    """Neighbours meet in one layer, factors take the place of one that others cut."""
+    source = random.Random(seed)
+    offers = [parts("b", 100, 50), parts("c", 300), offer("a", a=(500, 200), b=(400, 100))]
+    offers += [offer("b", b=(250, 100), c=(4500, 400)), offer("c", a=(0, 0)), offer("b", b=(0, 0))]
+    source.shuffle(offers)
+    costs = Costs(TWINS, [slow(together(TWINS, offers[:2])), slow(TWINS)])
+    rest, more = offers[:3], [(), *itertools.combinations(offers[3:], 2)]
+    for others, said in zip(more, costs.each(rest, more), strict=True):
+        layers = together(TWINS, [*rest, *others])
+        macs = sum(each[0] for each in layers.values()) / 11000
+        assert said["macs"] == pytest.approx(macs)
+        time, size = costs._layer_time(layers), sum(each[1] for each in layers.values())
+        assert said["latency"] == pytest.approx(costs.time[0] * time + costs.time[1])
+        assert said["size"] == pytest.approx(costs.size[0] * size + costs.size[1])
+        assert costs.predict([*rest, *others]) == pytest.approx(said)
 
 
 def measured(layers):
@@ -46,10 +72,10 @@ def measured(layers):
 
 
 def test_predictions_are_exact_where_the_runtime_is_what_the_model_says():
-    some = [combined(BASE, [offer("a", a=(10 * k, 4 * k))]) for k in (40, 10)]
+    some = [together(BASE, [offer("a", a=(10 * k, 4 * k))]) for k in (40, 10)]
     costs = Costs(BASE, [measured(layers) for layers in some])
     plan = [offer("a", a=(250, 100))]
-    want = measured(combined(BASE, plan))
+    want = measured(together(BASE, plan))
     said = costs.predict(plan)
     assert said["latency"] == pytest.approx(want.latency)
     assert said["size"] == pytest.approx(want.bytes)
@@ -79,7 +105,7 @@ def test_the_bias_multiplies():
 
 def test_less_work_is_never_predicted_to_cost_more():
     # times that fall as the work grows are noise: the line is flat, not falling
-    layers = [combined(BASE, [offer("a", a=(10 * k, 4 * k))]) for k in (100, 50)]
+    layers = [together(BASE, [offer("a", a=(10 * k, 4 * k))]) for k in (100, 50)]
     noisy = [Profile(layers[0], {"a": 1.0}, 0.9, 1.0), Profile(layers[1], {"a": 0.5}, 1.0, 0.8)]
     costs = Costs(BASE, noisy)
     assert costs.predict([offer("a", a=(500, 200))])["latency"] <= costs.predict(())["latency"]
@@ -101,15 +127,15 @@ def slow(layers):
 
 
 def test_a_new_layer_takes_what_its_like_took_elsewhere():
-    known = [combined(TWINS, []), combined(TWINS, [parts("a", 100, 50)])]
+    known = [together(TWINS, []), together(TWINS, [parts("a", 100, 50)])]
     costs = Costs(TWINS, [slow(layers) for layers in known])
     plan = [parts("b", 100, 50)]
-    assert costs.predict(plan)["latency"] == pytest.approx(slow(combined(TWINS, plan)).latency)
+    assert costs.predict(plan)["latency"] == pytest.approx(slow(together(TWINS, plan)).latency)
 
 
 @pytest.mark.parametrize("plan", [parts("b", 10, 10), parts("b", 100, 50, 10)])
 def test_what_no_plan_has_timed_is_predicted_to_save_no_time(plan):
     """New layers cost nothing once, so that plans were full of them, and slow."""
-    costs = Costs(TWINS, [slow(combined(TWINS, []))])
+    costs = Costs(TWINS, [slow(together(TWINS, []))])
     assert costs.predict([plan])["latency"] == pytest.approx(costs.predict(())["latency"])
     assert costs.predict([plan])["macs"] < 1

@@ -14,13 +14,16 @@ c sum_l bytes_l + d.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from whet.search.menu import NOTHING, Counts, Offer, total
+
+Sums = tuple[float, float, float]  # milliseconds of all layers, MACs, bytes
+Parts = tuple[Mapping[str, Counts], ...]  # of several offers, what each leaves at one place
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,10 @@ class Profile:
         return cls(layers, row["times"], row["latency"], row["bytes"])
 
 
-def combined(base: Mapping[str, Counts], offers: Sequence[Offer]) -> dict[str, Counts]:
-    """The layers under several offers: what they leave of a layer, multiplied.
+def combined(
+    base: Mapping[str, Counts], offers: Iterable[Mapping[str, Counts]]
+) -> dict[str, Counts]:
+    """The layers under several offers, each what it leaves of them: multiplied.
 
     Layers in the place of another have the roots of what is left of that one: a cut of its inputs
     or its outputs meets the first of them or the last.
@@ -55,8 +60,8 @@ def combined(base: Mapping[str, Counts], offers: Sequence[Offer]) -> dict[str, C
     left: dict[str, list[float]] = {path: [1.0, 1.0] for path in base}
     gone: set[str] = set()
     new: dict[str, Counts] = {}
-    for offer in offers:
-        for path, each in offer.layers.items():
+    for layers in offers:
+        for path, each in layers.items():
             if path not in base:
                 new[path] = each
             elif each == NOTHING:
@@ -97,6 +102,8 @@ class Costs:
     bias: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._parts: dict[int, tuple[Offer, dict[str, dict[str, Counts]]]] = {}
+        self._changes: dict[Any, Sums] = {}
         measured: dict[Any, dict[int, list[float]]] = {}
         for profile in self.profiles:
             for path, like in self._likes(profile.layers).items():
@@ -112,6 +119,7 @@ class Costs:
         self.time = _line(sums, [profile.latency for profile in self.profiles])
         sizes = [float(total(profile.layers)[1]) for profile in self.profiles]
         self.size = _line(sizes, [profile.bytes for profile in self.profiles])
+        self.whole = self._sums(self.base)
 
     def _likes(self, layers: Mapping[str, Counts]) -> dict[str, Any]:
         """What layers have in common that share a table, by path.
@@ -147,13 +155,62 @@ class Costs:
 
     def predict(self, offers: Sequence[Offer]) -> dict[str, float]:
         """Latency, size and MACs over the original's, each times its bias."""
-        layers = combined(self.base, offers)
+        [said] = self.each(offers, [()])
+        return said
+
+    def each(
+        self, offers: Sequence[Offer], more: Iterable[Sequence[Offer]]
+    ) -> list[dict[str, float]]:
+        """What is predicted for `offers` with each of `more` beside them."""
+        around = self._at(offers)
+        changes = [self._change(place, (), here) for place, here in around.items()]
+        whole = _sum([self.whole, *changes])
+        found = []
+        for others in more:
+            changes = [
+                self._change(place, around.get(place, ()), here)
+                for place, here in self._at(others).items()
+            ]
+            found.append(self._shares(*_sum([whole, *changes])))
+        return found
+
+    def _shares(self, time: float, macs: float, size: float) -> dict[str, float]:
         raw = {
-            "latency": self.time[0] * self._layer_time(layers) + self.time[1],
-            "size": self.size[0] * total(layers)[1] + self.size[1],
-            "macs": total(layers)[0] / max(total(self.base)[0], 1),
+            "latency": self.time[0] * time + self.time[1],
+            "size": self.size[0] * size + self.size[1],
+            "macs": macs / max(self.whole[1], 1),
         }
         return {name: value * self.bias.get(name, 1.0) for name, value in raw.items()}
+
+    def _at(self, offers: Sequence[Offer]) -> dict[str, Parts]:
+        """Of each place that is changed, what the offers leave there."""
+        found: dict[str, Parts] = {}
+        for offer in offers:
+            if id(offer) not in self._parts:  # kept with its offer: no other gets its id
+                parts: dict[str, dict[str, Counts]] = {}
+                for path, each in offer.layers.items():
+                    parts.setdefault(place_of(self.base, path), {})[path] = each
+                self._parts[id(offer)] = offer, parts
+            for place, part in self._parts[id(offer)][1].items():
+                found[place] = (*found.get(place, ()), part)
+        return found
+
+    def _change(self, place: str, before: Parts, more: Parts) -> Sums:
+        """What `more` change at one place, others being there. No place depends on another."""
+        key = place, tuple(map(id, before)), tuple(map(id, more))
+        if key not in self._changes:
+            base = {place: self.base[place]} if place in self.base else {}
+            was, now = (self._sums(combined(base, each)) for each in (before, before + more))
+            self._changes[key] = now[0] - was[0], now[1] - was[1], now[2] - was[2]
+        return self._changes[key]
+
+    def _sums(self, layers: Mapping[str, Counts]) -> Sums:
+        return self._layer_time(layers), *total(layers)
+
+
+def _sum(each: Sequence[Sums]) -> Sums:
+    time, macs, size = (sum(column) for column in zip(*each, strict=True))
+    return time, macs, size
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

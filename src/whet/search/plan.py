@@ -153,10 +153,10 @@ def _milder(
     picks = list(current)
 
     def mildest(k: int) -> Bundle:
-        for bundle in sorted(groups[k], key=_disturbs):
-            if _disturbs(bundle) >= _disturbs(picks[k]):
-                break
-            cost = costs.predict(flat([*picks[:k], bundle, *picks[k + 1 :]]))
+        milder = [bundle for bundle in groups[k] if _disturbs(bundle) < _disturbs(picks[k])]
+        milder.sort(key=_disturbs)
+        said = costs.each(flat([*picks[:k], *picks[k + 1 :]]), milder)
+        for bundle, cost in zip(milder, said, strict=True):
             if all(cost[name] <= limit for name, limit in limits.items()):
                 return bundle
         return picks[k]
@@ -185,13 +185,9 @@ def _linear(
     options = []
     for k, group in enumerate(groups):
         rest = flat([*current[:k], *current[k + 1 :]])
-        now = costs.predict((*rest, *current[k]))
-        row = []
-        for bundle in group:
-            then = costs.predict((*rest, *bundle))
-            change = {name: then[name] - now[name] for name in limits}
-            row.append(solve.Option(_disturbs(bundle), change))
-        options.append(row)
+        now, *then = costs.each(rest, [current[k], *group])
+        changes = [{name: each[name] - now[name] for name in limits} for each in then]
+        options.append([solve.Option(_disturbs(b), c) for b, c in zip(group, changes, strict=True)])
     return options, room
 
 
