@@ -116,3 +116,37 @@ def test_what_is_not_finite_deviates_without_end():
     known = sensitivity.answers(model, batches)
     torch.nn.init.constant_(model[0].weight, float("nan"))
     assert sensitivity.deviation(model, known) == float("inf")
+
+
+def test_class_scores_deviate_by_their_divergence():
+    """What moves all scores of an example alike, or those of no account, changes no answer."""
+    task = tiny_task("plain_cnn")
+    batches = task.validation
+    known = sensitivity.answers(task.model, batches, loss=task.loss)
+    assert known.scores and sensitivity.deviation(task.model, known) == pytest.approx(0, abs=1e-6)
+    plain = sensitivity.answers(task.model, batches)
+    assert not plain.scores
+
+    class Moved(torch.nn.Module):
+        def __init__(self, by):
+            super().__init__()
+            self.inner, self.by = task.model, by
+
+        def forward(self, x):
+            return self.inner(x) + self.by
+
+    alike = Moved(torch.tensor(3.0))
+    assert sensitivity.deviation(alike, known) == pytest.approx(0, abs=1e-5)
+    assert sensitivity.deviation(alike, plain) > 0.1
+    one = Moved(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    z0 = torch.cat([z for [z] in known.outputs])
+    p0, p = z0.softmax(1), (z0 + one.by).softmax(1)
+    want = (p0 * (p0 / p).log()).sum(1).mean()
+    assert sensitivity.deviation(one, known) == pytest.approx(float(want), rel=1e-4)
+    assert sensitivity.deviation(Moved(torch.tensor(float("nan"))), known) == float("inf")
+
+
+def test_outputs_of_another_loss_are_no_class_scores():
+    task = tiny_task("plain_cnn")
+    for loss in (torch.nn.functional.mse_loss, None):
+        assert not sensitivity.answers(task.model, task.validation, loss=loss).scores

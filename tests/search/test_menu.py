@@ -252,27 +252,3 @@ def test_every_family_has_its_first_before_one_has_its_second():
         False,
         True,
     ]
-
-
-def test_a_deviation_counts_for_what_a_short_training_leaves_of_it():
-    seconds = {"L1Filters": 1.0, "Cp": 1.0}
-    plain = drawn(Slow(1e6, seconds))
-    tries, taught = Slow(1e6, seconds), []
-    halves = {}
-
-    def lesson(step):
-        taught.append(step)
-        [said] = Tries.each(tries, [step])
-        halves[step.name] = said["deviation"]
-        return said["deviation"] * {"L1Filters": 0.25, "Cp": 3.0}[step.name]
-
-    tries.lesson = lesson
-    found = drawn(tries)
-    assert sorted(step.name for step in taught) == ["Cp", "L1Filters"]
-    assert all(not step.only for step in taught) and min(halves.values()) > 0  # everywhere
-    assert found.offers.keys() == plain.offers.keys()
-    for (name, place), offers in found.offers.items():
-        share = {"L1Filters": 0.25, "Cp": 1.0}[name]  # training leaves no more than there was
-        for now, was in zip(offers, plain.offers[name, place], strict=True):
-            assert now.deviation == pytest.approx(share * was.deviation)
-            assert now.layers == was.layers

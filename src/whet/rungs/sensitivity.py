@@ -2,8 +2,13 @@
 
     L(z) = E |z - z_0|^2 / (2 E |z_0|^2)
 
-z_0 are the network's own outputs, so that no label is read. At z_0 the gradient of L is zero, its
-Hessian H = J^T J / E |z_0|^2 to the last term, and never negative. Its trace (Hutchinson),
+z_0 are the network's own outputs, so that no label is read. Where they are known to be class
+scores, an error is measured by
+
+    L(z) = E KL(softmax(z_0) || softmax(z))
+
+Of the former, at z_0 the gradient is zero, the Hessian H = J^T J / E |z_0|^2 to the last term, and
+never negative. Its trace (Hutchinson),
 
     tr H = E_v |J^T v|^2 / E |z_0|^2,   v = -1 or 1 at random,
 
@@ -18,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from whet.graph import sites
@@ -34,12 +40,14 @@ class Answers:
         outputs: z_0, the tensors of real numbers of each batch.
         sizes: E |z_0|^2 of each of these tensors.
         examples: how many.
+        scores: whether they are class scores.
     """
 
     inputs: list[Any]
     outputs: list[list[Tensor]]
     sizes: list[float]
     examples: int
+    scores: bool = False
 
 
 def floats(outputs: Any) -> list[Tensor]:
@@ -48,8 +56,17 @@ def floats(outputs: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, batches: Batches, examples: int | None = None) -> Answers:
-    """What `model` says, in eval mode."""
+def answers(
+    model: nn.Module, batches: Batches, examples: int | None = None, loss: Any = None
+) -> Answers:
+    """What `model` says, in eval mode.
+
+    Args:
+        model: left alone.
+        batches: their inputs.
+        examples: how many at most; None for all.
+        loss: of the task; where it is cross-entropy, one tensor [batch, classes] is class scores.
+    """
     inputs, outputs, count = [], [], 0
     with evaluating(model):
         for x, _ in limited(batches, examples):
@@ -57,7 +74,8 @@ def answers(model: nn.Module, batches: Batches, examples: int | None = None) -> 
             outputs.append(floats(model(*as_arguments(x))))
             count += batch_size(x)
     sizes = [sum(float(z.square().sum()) for z in each) / count for each in zip(*outputs)]  # noqa: B905
-    return Answers(inputs, outputs, [size or 1.0 for size in sizes], count)
+    scores = loss is F.cross_entropy and all(len(z) == 1 and z[0].ndim == 2 for z in outputs)
+    return Answers(inputs, outputs, [size or 1.0 for size in sizes], count, scores)
 
 
 @torch.no_grad()
@@ -68,8 +86,12 @@ def deviation(model: nn.Module, known: Answers) -> float:
         for x, wanted in zip(known.inputs, known.outputs, strict=True):
             got = floats(model(*as_arguments(x)))
             for z, z0, size in zip(got, wanted, known.sizes, strict=True):
-                total += float((z - z0).square().sum()) / size
-    return total / (2 * known.examples) if math.isfinite(total) else math.inf
+                if known.scores:
+                    log_p, log_p0 = z.log_softmax(dim=1), z0.log_softmax(dim=1)
+                    total += float(F.kl_div(log_p, log_p0, reduction="sum", log_target=True))
+                else:
+                    total += float((z - z0).square().sum()) / (2 * size)
+    return total / known.examples if math.isfinite(total) else math.inf
 
 
 def traces(

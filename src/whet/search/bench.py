@@ -28,6 +28,7 @@ from whet.rungs.sensitivity import Answers, answers, deviation
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
+from whet.search.lessons import PLACES, taught
 from whet.search.menu import Attempt, Menu, Tries, counts, draw, few
 from whet.search.plan import Plan
 from whet.search.steering import FIRST, steered
@@ -43,8 +44,8 @@ LEAST = 0.3  # of the time is for recoveries, however long the tries took
 TRYING = 0.15  # of the time is for tries
 PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
-LESSON = 30  # training steps that say what share of a technique's deviation stays
-LESSONS, FAMILIES = 0.06, 4  # of the time, at most, and about how many techniques share it
+LESSON = 30  # training steps that say what share of a deviation stays
+LESSONS, FAMILIES = 0.08, 4  # of the time, at most; about how many techniques share it with places
 STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
 JUDGED = 5000  # validation examples whose answers judge one
@@ -99,12 +100,13 @@ class Bench:
         patience = PATIENCE if self.wish.seconds is None else TRYING * self.wish.seconds
         attempt = Attempt.on(self.task, targets, self.settings.seed)
         clock = (lambda step: self._faster([step], way)) if timed else None
-        lesson = None if self.task.train is None else partial(self._taught, attempt.known)
-        tell = self.settings.tell
-        tries = Tries(attempt, self.rows, self.engine, patience, tell, clock, lesson)
-        return draw(tries, wanted, self.wish.techniques, finishing(way.finish))
+        tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell, clock)
+        menu = draw(tries, wanted, self.wish.techniques, finishing(way.finish))
+        if self.task.train is None:
+            return menu
+        return taught(menu, tries, partial(self._lesson, attempt.known))
 
-    def _taught(self, known: Answers, step: Technique) -> float:
+    def _lesson(self, known: Answers, step: Technique) -> float:
         """The deviation after a step and a short training."""
         batches = len(self.task.train)  # type: ignore[arg-type]
 
@@ -125,7 +127,9 @@ class Bench:
         length = LESSON
         if self.wish.seconds is not None:
             slow = self.rows.get(f"pace {self.network}", pace)
-            length = max(1, min(LESSON, int(LESSONS * self.wish.seconds / slow / FAMILIES)))
+            length = max(
+                1, min(LESSON, int(LESSONS * self.wish.seconds / slow / (FAMILIES + PLACES)))
+            )
         name = f"lesson {length} {step.name} {step.model_dump_json()} {self.network}"
         return self.rows.get(name, lambda: deviation(trained([step], length).model, known))
 
@@ -373,7 +377,8 @@ class Bench:
         Nearest on validation data, by answers: what is right and wrong differs by chance far more.
         """
         epochs = PROBE * self._epochs(plan, "short", way)
-        known = cache(lambda: answers(self.task.model, self.task.validation or [], JUDGED))
+        batches, loss = self.task.validation or [], self.task.loss
+        known = cache(lambda: answers(self.task.model, batches, JUDGED, loss))
 
         def measured(knobs: dict[str, Any]) -> tuple[float, float]:
             began = time.monotonic()

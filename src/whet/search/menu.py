@@ -5,12 +5,11 @@ those that save the same at the same places the one that disturbs the outputs le
 others are turned down, each with its reason. Then every rung of the ladder of what stays is tried
 at every place alone. An offer is one such try:
 
-    L = E |z - z_0|^2 / (2 E |z_0|^2),   and MACs and bytes of each layer that it changes,
+    L = E KL(p_0 || p)   of class scores,   E |z - z_0|^2 / (2 E |z_0|^2)   of other outputs,
 
-z_0 being what the network says to the same inputs, with the BatchNorm statistics of as few examples
-where the try has made new ones. No label is read. A short training of each technique at half of its
-strength, everywhere, says what share of L it leaves: a plan is to be recovered, and what one
-technique disturbs comes back in a few steps where what another does stays.
+and MACs and bytes of each layer that it changes, z_0 being what the network says to the same
+inputs, with the BatchNorm statistics of as few examples where the try has made new ones, and p its
+softmax. No label is read.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class Offer:
 
     Args:
         option: the technique, the place, the strength.
-        deviation: L, times the share that a short training leaves of it.
+        deviation: L, or the share that a recovery leaves of it (`lessons`).
         layers: counts of the layers that are other than before; zeros where one is gone.
     """
 
@@ -119,12 +118,12 @@ class Attempt:
         """What to try on the network of a task."""
         seed_all(seed + 1, task)  # other examples than those that a try takes statistics from
         batches = task.statistics()
-        known = answers(task.model, batches or task.validation or [], EXAMPLES)
+        known = answers(task.model, batches or task.validation or [], EXAMPLES, task.loss)
         twin = copy.deepcopy(task.model)
         if batches is not None:
             seed_all(seed, task)
             reestimate_batchnorm(twin, batches, FEW["calibrate"])
-        settled = answers(twin, [(inputs, None) for inputs in known.inputs])
+        settled = answers(twin, [(inputs, None) for inputs in known.inputs], loss=task.loss)
         return cls(task, known, settled, counts(task.model, task.example), targets, seed)
 
     def __call__(self, technique: Technique) -> dict[str, Any]:
@@ -162,7 +161,6 @@ class Tries:
         tell: progress, as tell(what, done, of).
         clock: the deployed latency after a step, over that before it, None where the runtime fails;
             None where time is no matter.
-        lesson: the deviation after a step and a short training; None where nothing is trained.
     """
 
     def __init__(
@@ -173,10 +171,9 @@ class Tries:
         patience: float,
         tell: Tell,
         clock: Callable[[Technique], float | None] | None = None,
-        lesson: Callable[[Technique], float] | None = None,
     ) -> None:
         self.attempt, self.rows, self.engine = attempt, rows, engine
-        self.patience, self.tell, self.clock, self.lesson = patience, tell, clock, lesson
+        self.patience, self.tell, self.clock = patience, tell, clock
         self._places: dict[type[Technique], list[str]] = {}
         self.name = f"{fingerprint(attempt.task.model)} {attempt.seed}"
 
@@ -225,7 +222,6 @@ def draw(
     """
     menu = Menu(tries.attempt.base)
     kinds = _screened(tries, menu, wanted, only, finish)
-    stays = {kind.__name__: _stays(kind, tries) for kind in kinds}
     options = [
         Option(tried(kind, {"only": (place,), knob: value}), place, knob, value)
         for kind in kinds
@@ -235,24 +231,9 @@ def draw(
     for option, said in zip(options, tries.each([o.technique for o in options]), strict=True):
         if said["refused"] is None and said["layers"]:
             layers = {path: tuple(each) for path, each in said["layers"].items()}
-            share = stays[option.technique.name]
-            offer = Offer(option, share * said["deviation"], layers)
+            offer = Offer(option, said["deviation"], layers)
             menu.offers.setdefault((option.technique.name, option.place), []).append(offer)
     return menu
-
-
-def _stays(kind: type[Technique], tries: Tries) -> float:
-    """The share of a technique's deviation that a short training leaves.
-
-    At most all of it: a recovery keeps the weights that it began with where no others are better.
-    """
-    if tries.lesson is None:
-        return 1.0
-    tries.tell(f"train after {kind.__name__}", 0, 1)
-    half = _half(kind)
-    [said] = tries.each([half])
-    after = tries.lesson(half)
-    return after / said["deviation"] if after < said["deviation"] else 1.0
 
 
 def _rungs(kind: type[Technique]) -> list[tuple[str, Any]]:
@@ -284,7 +265,7 @@ def _screened(
         if seconds > tries.patience:
             menu.verdicts[name] = _slow(seconds)
     halves = dict(
-        zip(remaining(), tries.each([_half(kind) for kind in remaining().values()]), strict=True)
+        zip(remaining(), tries.each([half(kind) for kind in remaining().values()]), strict=True)
     )
     before = total(tries.attempt.base)
     stays: dict[str, tuple[type[Technique], dict[str, Any], Counts]] = {}
@@ -355,7 +336,7 @@ def _fastest(
     for done, name in enumerate(good):
         tries.tell(f"time {name}", done, len(good))
         kind, _, now = stays[name]
-        time = tries.clock(_half(kind))
+        time = tries.clock(half(kind))
         if time is None:
             menu.verdicts[name] = "the runtime fails on what it makes"
             continue
@@ -405,7 +386,7 @@ def _rivals(
     return all(abs(x - y) <= ALIKE * max(z, 1) for x, y, z in zip(a[2], b[2], before, strict=True))
 
 
-def _half(kind: type[Technique]) -> Technique:
+def half(kind: type[Technique]) -> Technique:
     """The technique at the middle of its ladder, everywhere; of blocks, half of them."""
     knob, values = next(iter(kind.ladder.items()))
     middle: Any = values[len(values) // 2]  # type: ignore[misc]

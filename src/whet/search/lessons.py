@@ -1,0 +1,91 @@
+"""What a recovery leaves of what a plan disturbs: a share, by technique and by place.
+
+    L_kp is to count t_k r_p / m_k of itself,   m_k = sum_p L_kp r_p / sum_p L_kp
+
+A short training of technique k at half of its strength, everywhere, says t_k: what one technique
+disturbs comes back in a few steps where what another does stays. Trainings after the strongest
+that the most disturbing technique does at a few places say r_p, and lines over depth (of log r)
+what lies between them: what is cut late comes back where what is cut early does not. With m_k all
+that a technique does together leaves t_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from whet import catalog
+from whet.search.menu import Menu, Offer, Tries, half
+from whet.technique import Technique
+
+PLACES = 6  # that are trained at, whatever the depth
+LEAST = 1e-3  # of a share: less was not measured
+
+
+def taught(menu: Menu, tries: Tries, lesson: Callable[[Technique], float]) -> Menu:
+    """The menu with every deviation times the share that a recovery leaves of it.
+
+    Args:
+        menu: with deviations as they were tried.
+        tries: that it was drawn from.
+        lesson: the deviation after a step and a short training.
+    """
+    places: dict[str, dict[str, Sequence[Offer]]] = {}
+    for (name, place), offers in menu.offers.items():
+        places.setdefault(name, {})[place] = offers
+    if not places:
+        return menu
+    depths = depth_of(menu.base)
+    guide = max(places.values(), key=lambda offered: sum(o[-1].deviation for o in offered.values()))
+    at = spread(sorted(guide, key=depths.__getitem__), PLACES)
+    left = []
+    for done, place in enumerate(at):
+        tries.tell(f"train after a cut at {place}", done, len(at))
+        strongest = guide[place][-1]
+        left.append(share(strongest.deviation, lesson(strongest.option.technique)))
+    found: dict[tuple[str, str], list[Offer]] = {}
+    for done, (name, offered) in enumerate(places.items()):
+        tries.tell(f"train after {name}", done, len(places))
+        everywhere = half(catalog.techniques()[name])
+        [said] = tries.each([everywhere])
+        together = share(said["deviation"], lesson(everywhere))
+        some = {place: offers[len(offers) // 2].deviation for place, offers in offered.items()}
+        lines = np.interp([depths[p] for p in offered], [depths[p] for p in at], np.log(left))
+        each = spread_over(together, some, dict(zip(offered, np.exp(lines), strict=True)))
+        for place, offers in offered.items():
+            found[name, place] = [
+                replace(offer, deviation=offer.deviation * each[place]) for offer in offers
+            ]
+    return replace(menu, offers=found)
+
+
+def share(before: float, after: float) -> float:
+    """What a training leaves of a deviation; at most all, as a recovery keeps what was better."""
+    return max(after / before, LEAST) if after < before else 1.0
+
+
+def spread_over(
+    together: float, deviations: Mapping[str, float], left: Mapping[str, float]
+) -> dict[str, float]:
+    """t r_p / m for each place, at most all of it."""
+    whole = sum(deviations.values())
+    mean = sum(deviations[p] * left[p] for p in deviations) / whole if whole else 1.0
+    return {place: min(together * float(left[place]) / float(mean), 1.0) for place in deviations}
+
+
+def spread(places: Sequence[str], most: int) -> list[str]:
+    """At most so many, from first to last."""
+    picks = np.linspace(0, len(places) - 1, min(most, len(places)))
+    return [places[round(float(pick))] for pick in picks]
+
+
+def depth_of(layers: Iterable[str]) -> dict[str, int]:
+    """How many layers come before a layer, or before the first of those inside a module."""
+    found: dict[str, int] = {}
+    for k, path in enumerate(layers):
+        names = path.split(".")
+        for length in range(len(names) + 1):
+            found.setdefault(".".join(names[:length]), k)
+    return found

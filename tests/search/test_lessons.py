@@ -1,0 +1,115 @@
+"""What is disturbed counts for what a recovery leaves of it, by technique and by place."""
+
+import itertools
+from types import SimpleNamespace
+
+import pytest
+
+from whet.probe import Option
+from whet.search import lessons
+from whet.search.lessons import LEAST, PLACES, depth_of, share, spread, spread_over, taught
+from whet.search.menu import Menu, Offer
+from whet.techniques.factorize.cp import Cp
+from whet.techniques.prune.l1filters import L1Filters
+
+BASE = {f"layer.{k}": (100, 40) for k in range(9)} | {"head": (10, 4)}
+
+
+def channels(k, amount, deviation):
+    place = f"layer.{k}"
+    option = Option(L1Filters(amount=amount, only=(place,)), place, "amount", amount)
+    return Offer(option, deviation, {place: (50, 20)})
+
+
+def factors(k, ratio, deviation):
+    place = f"layer.{k}"
+    return Offer(
+        Option(Cp(ratio=ratio, only=(place,)), place, "ratio", ratio), deviation, {place: (30, 10)}
+    )
+
+
+def menu():
+    offers = {
+        ("L1Filters", f"layer.{k}"): [channels(k, 0.25, 0.1), channels(k, 0.75, 0.4)]
+        for k in range(9)
+    }
+    offers |= {("Cp", f"layer.{k}"): [factors(k, 0.5, 0.01 * (1 + k))] for k in (2, 5)}
+    return Menu(BASE, offers)  # type: ignore[arg-type]
+
+
+def tries():
+    """Half of the strength everywhere deviates by 0.5."""
+    return SimpleNamespace(
+        tell=lambda *_: None, each=lambda steps: [{"deviation": 0.5} for _ in steps]
+    )
+
+
+def falling(step):
+    """Early cuts stay, late ones come back; a third of channels everywhere stays, all of Cp."""
+    if step.only:
+        return 0.4 * 0.8 ** int(step.only[0].removeprefix("layer."))
+    return {"L1Filters": 0.15, "Cp": 7.0}[step.name]
+
+
+def test_what_is_cut_late_counts_less_where_it_comes_back():
+    found, plain = taught(menu(), tries(), falling), menu()
+    assert found.offers.keys() == plain.offers.keys()
+    for name, whole in (("L1Filters", 0.3), ("Cp", 1.0)):
+        mine = {place: offers for (n, place), offers in found.offers.items() if n == name}
+        was = {place: plain.offers[name, place] for place in mine}
+        left = {p: mine[p][0].deviation / was[p][0].deviation for p in mine}
+        for place, offers in mine.items():  # the same for all rungs
+            for now, before in zip(offers, was[place], strict=True):
+                assert now.deviation == pytest.approx(left[place] * before.deviation)
+                assert (now.option, now.layers) == (before.option, before.layers)
+        ordered = [left[place] for place in sorted(left)]
+        if name == "L1Filters":
+            # lines of logarithms meet the law at places that were not trained at too
+            steps = [later / early for early, later in itertools.pairwise(ordered)]
+            assert steps == pytest.approx([0.8] * 8)
+            middle = sum(offers[1].deviation for offers in mine.values())
+            assert middle == pytest.approx(whole * sum(o[1].deviation for o in was.values()))
+        else:
+            assert ordered[0] == 1.0 and ordered[1] < 1.0  # no more than there was
+
+
+def test_the_most_disturbing_technique_is_trained_at_a_few_places():
+    seen = []
+    taught(menu(), tries(), lambda step: seen.append(step) or falling(step))
+    at = [step for step in seen if step.only]
+    assert len(at) == PLACES and {step.name for step in at} == {"L1Filters"}
+    assert all(step.amount == 0.75 for step in at)
+    assert (at[0].only, at[-1].only) == (("layer.0",), ("layer.8",))
+    assert sorted(step.name for step in seen if not step.only) == ["Cp", "L1Filters"]
+
+
+def test_nothing_offered_is_nothing_taught():
+    assert taught(Menu(BASE), tries(), falling) == Menu(BASE)  # type: ignore[arg-type]
+
+
+def test_a_training_leaves_no_more_than_there_was_and_a_little_at_least():
+    assert share(0.2, 0.05) == 0.25
+    assert share(0.2, 0.3) == share(0.0, 0.0) == share(0.0, 0.1) == 1.0
+    assert share(0.2, 0.0) == LEAST
+
+
+def test_all_places_together_leave_what_was_measured():
+    deviations, left = {"a": 0.1, "b": 0.3}, {"a": 0.5, "b": 0.1}
+    found = spread_over(0.2, deviations, left)
+    assert found["a"] / found["b"] == pytest.approx(5.0)
+    whole = sum(deviations[p] * found[p] for p in deviations)
+    assert whole == pytest.approx(0.2 * 0.4)
+    assert spread_over(0.2, {"a": 0.0}, {"a": 0.5}) == {"a": pytest.approx(0.1)}
+
+
+def test_places_are_spread_from_the_first_to_the_last():
+    names = [str(k) for k in range(11)]
+    assert spread(names, 6) == ["0", "2", "4", "6", "8", "10"]
+    assert spread(names[:3], 6) == ["0", "1", "2"]
+    assert spread(names[:1], 6) == ["0"]
+
+
+def test_a_block_stands_where_its_first_layer_does():
+    depths = depth_of(["stem", "blocks.0.a", "blocks.0.b", "blocks.1.a", "head"])
+    assert [depths[p] for p in ("stem", "blocks.0", "blocks.0.b", "blocks.1")] == [0, 1, 2, 3]
+    assert depths["blocks"] == 1 and lessons.depth_of([]) == {}
