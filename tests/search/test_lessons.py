@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from whet.probe import Option
-from whet.search import lessons
-from whet.search.lessons import LEAST, PLACES, depth_of, share, spread, spread_over, taught
-from whet.search.menu import Menu, Offer
+from whet.search.lessons import LEAST, PLACES, share, spread_over, taught
+from whet.search.menu import Menu, Offer, depth_of, spread
 from whet.techniques.factorize.cp import Cp
 from whet.techniques.prune.l1filters import L1Filters
 
@@ -37,11 +36,14 @@ def menu():
     return Menu(BASE, offers)  # type: ignore[arg-type]
 
 
-def tries():
-    """Half of the strength everywhere deviates by 0.5."""
-    return SimpleNamespace(
-        tell=lambda *_: None, each=lambda steps: [{"deviation": 0.5} for _ in steps]
-    )
+def tries(deviation=0.5):
+    """What a technique deviates by everywhere, and by its mildest half of that."""
+
+    def each(steps):
+        mild = [getattr(step, "amount", 0.5) < 0.5 for step in steps]
+        return [{"deviation": deviation / (1 + m), "refused": None} for m in mild]
+
+    return SimpleNamespace(tell=lambda *_: None, each=each)
 
 
 def falling(step):
@@ -83,6 +85,16 @@ def test_the_most_disturbing_technique_is_trained_at_a_few_places():
     assert sorted(step.name for step in seen if not step.only) == ["Cp", "L1Filters"]
 
 
+@pytest.mark.parametrize(("deviation", "amount", "left"), [(0.5, 0.5, 0.3), (1.9, 0.25, 0.3 / 1.9)])
+def test_what_leaves_nothing_to_recover_is_trained_at_its_mildest(deviation, amount, left):
+    seen = []
+    found = taught(menu(), tries(deviation), lambda step: seen.append(step) or falling(step))
+    everywhere = [s.amount for s in seen if s.name == "L1Filters" and not s.only]
+    assert everywhere == [amount]
+    middle = sum(o[1].deviation for (name, _), o in found.offers.items() if name == "L1Filters")
+    assert middle == pytest.approx(left * 9 * 0.4)
+
+
 def test_nothing_offered_is_nothing_taught():
     assert taught(Menu(BASE), tries(), falling) == Menu(BASE)  # type: ignore[arg-type]
 
@@ -112,4 +124,4 @@ def test_places_are_spread_from_the_first_to_the_last():
 def test_a_block_stands_where_its_first_layer_does():
     depths = depth_of(["stem", "blocks.0.a", "blocks.0.b", "blocks.1.a", "head"])
     assert [depths[p] for p in ("stem", "blocks.0", "blocks.0.b", "blocks.1")] == [0, 1, 2, 3]
-    assert depths["blocks"] == 1 and lessons.depth_of([]) == {}
+    assert depths["blocks"] == 1 and depth_of([]) == {}

@@ -2,7 +2,7 @@
 
     L_kp is to count t_k r_p / m_k of itself,   m_k = sum_p L_kp r_p / sum_p L_kp
 
-A short training of technique k at half of its strength, everywhere, says t_k: what one technique
+A short training of technique k at half of its strength or less, everywhere, says t_k: what one
 disturbs comes back in a few steps where what another does stays. Trainings after the strongest
 that the most disturbing technique does at a few places say r_p, and lines over depth (of log r)
 what lies between them: what is cut late comes back where what is cut early does not. With m_k all
@@ -11,16 +11,18 @@ that a technique does together leaves t_k.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from whet import catalog
-from whet.search.menu import Menu, Offer, Tries, half
+from whet.search.menu import Menu, Offer, Tries, depth_of, half, spread, tried
 from whet.technique import Technique
 
 PLACES = 6  # that are trained at, whatever the depth
+DESTROYED = 0.5  # of a network that deviates by more a few steps bring nothing back
 LEAST = 1e-3  # of a share: less was not measured
 
 
@@ -48,8 +50,7 @@ def taught(menu: Menu, tries: Tries, lesson: Callable[[Technique], float]) -> Me
     found: dict[tuple[str, str], list[Offer]] = {}
     for done, (name, offered) in enumerate(places.items()):
         tries.tell(f"train after {name}", done, len(places))
-        everywhere = half(catalog.techniques()[name])
-        [said] = tries.each([everywhere])
+        everywhere, said = _bearable(catalog.techniques()[name], tries)
         together = share(said["deviation"], lesson(everywhere))
         some = {place: offers[len(offers) // 2].deviation for place, offers in offered.items()}
         lines = np.interp([depths[p] for p in offered], [depths[p] for p in at], np.log(left))
@@ -59,6 +60,17 @@ def taught(menu: Menu, tries: Tries, lesson: Callable[[Technique], float]) -> Me
                 replace(offer, deviation=offer.deviation * each[place]) for offer in offers
             ]
     return replace(menu, offers=found)
+
+
+def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Mapping[str, Any]]:
+    """Half of its strength everywhere; where that leaves nothing to recover, the mildest."""
+    knob, values = next(iter(kind.ladder.items()))
+    middle, mild = half(kind), tried(kind, {knob: values[0]})
+    [said] = tries.each([middle])
+    if said["deviation"] <= DESTROYED or mild == middle or len(values) == 1:
+        return middle, said
+    [milder] = tries.each([mild])
+    return (middle, said) if milder["refused"] is not None else (mild, milder)
 
 
 def share(before: float, after: float) -> float:
@@ -73,19 +85,3 @@ def spread_over(
     whole = sum(deviations.values())
     mean = sum(deviations[p] * left[p] for p in deviations) / whole if whole else 1.0
     return {place: min(together * float(left[place]) / float(mean), 1.0) for place in deviations}
-
-
-def spread(places: Sequence[str], most: int) -> list[str]:
-    """At most so many, from first to last."""
-    picks = np.linspace(0, len(places) - 1, min(most, len(places)))
-    return [places[round(float(pick))] for pick in picks]
-
-
-def depth_of(layers: Iterable[str]) -> dict[str, int]:
-    """How many layers come before a layer, or before the first of those inside a module."""
-    found: dict[str, int] = {}
-    for k, path in enumerate(layers):
-        names = path.split(".")
-        for length in range(len(names) + 1):
-            found.setdefault(".".join(names[:length]), k)
-    return found

@@ -1,9 +1,10 @@
 """What could be done to this network: every technique that acts place by place, and what it costs.
 
-The catalogue is screened first: each technique once, at half of its strength, on everything. Of
-those that save the same at the same places the one that disturbs the outputs least stays; the
-others are turned down, each with its reason. Then every rung of the ladder of what stays is tried
-at every place alone. An offer is one such try:
+The catalogue is screened first: each technique once, at half of its strength, on everything, which
+says what it saves, and at a few places alone, which says what it disturbs: where all is destroyed
+at once every technique does the same. Of those that save the same the one that disturbs least
+stays; the others are turned down, each with its reason. Then every rung of the ladder of what stays
+is tried at every place alone. An offer is one such try:
 
     L = E KL(p_0 || p)   of class scores,   E |z - z_0|^2 / (2 E |z_0|^2)   of other outputs,
 
@@ -17,10 +18,11 @@ from __future__ import annotations
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -42,6 +44,7 @@ NOTHING: Counts = (0, 0)
 FASTER = 0.02  # of the time has to go where a technique acts everywhere
 ALIKE = 0.1  # savings within this share of each other are the same
 EXAMPLES = 64  # that a try looks at
+SAMPLES = 3  # places at which a technique is tried before others are turned down for it
 # what it looks at, how long it trains and fits at most, by the knobs that say it
 FEW = {"calibrate": EXAMPLES, "examples": EXAMPLES, "starts": 1, "steps": 0, "sweeps": 10}
 
@@ -267,6 +270,9 @@ def _screened(
     halves = dict(
         zip(remaining(), tries.each([half(kind) for kind in remaining().values()]), strict=True)
     )
+    samples = {name: _samples(kind, tries) for name, kind in remaining().items()}
+    said_of = iter(tries.each([step for steps in samples.values() for step in steps]))
+    alone = {name: [next(said_of) for _ in steps] for name, steps in samples.items()}
     before = total(tries.attempt.base)
     stays: dict[str, tuple[type[Technique], dict[str, Any], Counts]] = {}
     for name, kind in remaining().items():
@@ -276,7 +282,7 @@ def _screened(
         if said["refused"] is not None:
             menu.verdicts[name] = said["refused"]
         elif any(saves[cost] for cost in wanted):
-            stays[name] = kind, said, now
+            stays[name] = kind, said | {"deviation": _adds_up(tries, said, alone[name])}, now
         else:
             menu.verdicts[name] = f"it saves no {' and no '.join(sorted(wanted))} here"
     good = _fastest(tries, menu, wanted, stays, firsts)
@@ -355,6 +361,46 @@ def _first(kind: type[Technique], tries: Tries) -> Technique:
         sizes.update({".".join(names[:depth]): size for depth in range(len(names) + 1)})
     place = max(tries.places(kind), key=lambda place: sizes[place])
     return tried(kind, {"only": (place,), knob: value})
+
+
+def _samples(kind: type[Technique], tries: Tries) -> list[Technique]:
+    """The middle of its ladder at a few places, each alone."""
+    knob, values = next(iter(kind.ladder.items()))
+    depths = depth_of(tries.attempt.base)
+    places = spread(sorted(tries.places(kind), key=depths.__getitem__), SAMPLES)
+    return [tried(kind, {"only": (place,), knob: values[len(values) // 2]}) for place in places]
+
+
+def _adds_up(
+    tries: Tries, everywhere: Mapping[str, Any], alone: Sequence[Mapping[str, Any]]
+) -> float:
+    """The deviation of a technique everywhere, as that at a few places for what it saves there."""
+    base = tries.attempt.base
+
+    def saves(said: Mapping[str, Any]) -> float:
+        now = total({**base, **said["layers"]})
+        return max(1 - a / max(b, 1) for a, b in zip(now, total(base), strict=True))
+
+    share = sum(map(saves, alone))
+    if share <= 0:
+        return everywhere["deviation"]  # it does nothing at these
+    return sum(said["deviation"] for said in alone) * saves(everywhere) / share
+
+
+def spread(places: Sequence[str], most: int) -> list[str]:
+    """At most so many, from first to last."""
+    picks = np.linspace(0, len(places) - 1, min(most, len(places)))
+    return [places[round(float(pick))] for pick in picks]
+
+
+def depth_of(layers: Iterable[str]) -> dict[str, int]:
+    """How many layers come before a layer, or before the first of those inside a module."""
+    found: dict[str, int] = {}
+    for k, path in enumerate(layers):
+        names = path.split(".")
+        for length in range(len(names) + 1):
+            found.setdefault(".".join(names[:length]), k)
+    return found
 
 
 def _seconds(
