@@ -167,7 +167,7 @@ def test_a_lesson_is_a_short_training_behind_a_step(tmp_path, monkeypatch):
     assert epochs == [LESSON / len(found.task.train)]
 
 
-@pytest.mark.parametrize(("pace", "steps"), [(0.001, LESSON), (0.08, 10), (1e3, 1)])
+@pytest.mark.parametrize(("pace", "steps"), [(0.001, LESSON), (0.09, 10), (1e3, 1)])
 def test_lessons_of_a_slow_network_are_shorter(at, monkeypatch, pace, steps):
     found, _ = at
     lengths, make = [], bench.catalog.technique
@@ -176,7 +176,7 @@ def test_lessons_of_a_slow_network_are_shorter(at, monkeypatch, pace, steps):
     found.rows.get(f"pace {found.network}", lambda: pace)
     found._lesson(Attempt.on(found.task, [], 0).known, L1Filters(amount=0.5))
     assert [length * len(found.task.train) for length in lengths] == [pytest.approx(steps)]
-    lessons = FAMILIES + PLACES
+    lessons = 1 + FAMILIES + PLACES
     assert lessons * steps * pace <= max(LESSONS * 100.0, lessons * pace)
 
 

@@ -8,7 +8,18 @@ import torch
 from whet import catalog, packed
 from whet.checkpoint import Rows
 from whet.engine import Here
-from whet.search.menu import EXAMPLES, Attempt, Tries, changed, counts, draw, total, tried
+from whet.search.menu import (
+    EXAMPLES,
+    SAMPLES,
+    Attempt,
+    Tries,
+    _adds_up,
+    changed,
+    counts,
+    draw,
+    total,
+    tried,
+)
 from whet.techniques.prune.l1filters import L1Filters
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.quantize.gptq import Gptq
@@ -252,3 +263,38 @@ def test_every_family_has_its_first_before_one_has_its_second():
         False,
         True,
     ]
+
+
+class Destroyed(Slow):
+    """A technique disturbs one thing everywhere, and another at each place alone."""
+
+    def __init__(self, told):
+        super().__init__(1e6, dict.fromkeys(told, 1.0))
+        self.told = told
+
+    def each(self, techniques):
+        rows = zip(techniques, super().each(techniques), strict=True)
+        return [said | {"deviation": self.told[t.name][bool(t.only)]} for t, said in rows]
+
+
+def test_rivals_are_compared_where_not_all_is_destroyed():
+    tries = Destroyed({"L1Filters": (2.0, 0.1), "RandomFilters": (1.0, 0.3)})
+    verdicts = drawn(tries).verdicts
+    assert verdicts["L1Filters"] == "taken"
+    assert verdicts["RandomFilters"] == "L1Filters saves as much at 0.33 of its error"
+    middles = [step.only for step in tries.seen if step.name == "RandomFilters" and step.only][1:]
+    places = tries.places(L1Filters)
+    assert len(middles) == min(SAMPLES, len(places))
+    assert (middles[0], middles[-1]) == ((places[0],), (places[-1],))
+
+
+def test_what_is_disturbed_everywhere_grows_from_a_few_places_as_what_is_saved():
+    tries = Slow(1e6, {"L1Filters": 1.0})
+    base = tries.attempt.base
+    most = max(base, key=lambda path: base[path][0])
+    half = {most: (base[most][0] // 2, base[most][1])}
+    quarter = {most: (3 * base[most][0] // 4, base[most][1])}
+    everywhere = {"layers": half, "deviation": 9.0}
+    alone = [{"layers": quarter, "deviation": 0.2}, {"layers": {}, "deviation": 0.0}]
+    assert _adds_up(tries, everywhere, alone) == pytest.approx(0.4, rel=0.01)
+    assert _adds_up(tries, everywhere, alone[1:]) == 9.0

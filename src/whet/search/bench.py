@@ -45,7 +45,7 @@ TRYING = 0.15  # of the time is for tries
 PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
 LESSON = 30  # training steps that say what share of a deviation stays
-LESSONS, FAMILIES = 0.08, 4  # of the time, at most; about how many techniques share it with places
+LESSONS, FAMILIES = 0.1, 4  # of the time, at most; about how many techniques share it with places
 STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
 JUDGED = 5000  # validation examples whose answers judge one
@@ -106,9 +106,10 @@ class Bench:
             return menu
         return taught(menu, tries, partial(self._lesson, attempt.known))
 
-    def _lesson(self, known: Answers, step: Technique) -> float:
-        """The deviation after a step and a short training."""
+    def _lesson(self, known: Answers, step: Technique | None) -> float:
+        """The deviation after a step, if there is one, and a short training."""
         batches = len(self.task.train)  # type: ignore[arg-type]
+        steps = [] if step is None else [step]
 
         def trained(steps: Sequence[Technique], length: int) -> Work:
             runner.seed_all(self.settings.seed, self.task)
@@ -121,17 +122,16 @@ class Bench:
 
         def pace() -> float:
             began = time.monotonic()
-            trained([], 2)
-            return (time.monotonic() - began) / 2
+            trained([], STEPS)
+            return (time.monotonic() - began) / STEPS
 
         length = LESSON
         if self.wish.seconds is not None:
             slow = self.rows.get(f"pace {self.network}", pace)
-            length = max(
-                1, min(LESSON, int(LESSONS * self.wish.seconds / slow / (FAMILIES + PLACES)))
-            )
-        name = f"lesson {length} {step.name} {step.model_dump_json()} {self.network}"
-        return self.rows.get(name, lambda: deviation(trained([step], length).model, known))
+            lessons = 1 + FAMILIES + PLACES  # one is of the untouched network
+            length = max(1, min(LESSON, int(LESSONS * self.wish.seconds / slow / lessons)))
+        name = f"lesson {length} {Recipe(steps).yaml()} {self.network}"
+        return self.rows.get(name, lambda: deviation(trained(steps, length).model, known))
 
     def profiles(self, menu: Menu, way: Way) -> list[Profile]:
         """All plans timed layer by layer in the runtime: the untouched network, some at random."""
