@@ -133,6 +133,15 @@ def test_a_new_layer_takes_what_its_like_took_elsewhere():
     assert costs.predict(plan)["latency"] == pytest.approx(slow(together(TWINS, plan)).latency)
 
 
+def test_what_is_larger_than_all_that_was_timed_goes_on_at_the_pace_of_the_old_layer():
+    """Factors of a layer that was cut as well were all that had been timed, and no large ones."""
+    known = [together(TWINS, []), together(TWINS, [parts("a", 100, 50)])]
+    costs = Costs(TWINS, [slow(layers) for layers in known])
+    small, large = (costs.predict([parts("b", n, 50)])["latency"] for n in (100, 400))
+    a_millisecond = costs.time[0]
+    assert large - small == pytest.approx(a_millisecond * 300 / 1000)  # b took one for 1000 MACs
+
+
 @pytest.mark.parametrize("plan", [parts("b", 10, 10), parts("b", 100, 50, 10)])
 def test_what_no_plan_has_timed_is_predicted_to_save_no_time(plan):
     """New layers cost nothing once, so that plans were full of them, and slow."""

@@ -144,14 +144,16 @@ class Costs:
         return sum(self._one(likes[path], macs) for path, (macs, _) in layers.items())
 
     def _one(self, like: Any, macs: int) -> float:
-        """Milliseconds of one layer."""
+        """Milliseconds of one layer; what is more than any that was timed at the old one's pace."""
         table = self.tables.get(like)
-        if table is None and len(like) == 3:  # a new one, which shares the time of the old one
-            old, _, beside = like
+        if len(like) == 2:  # of the original
+            return 0.0 if table is None else float(np.interp(macs, *table))
+        old, _, beside = like
+        if table is None:  # a new one, which shares the time of the old one
             return self._one(old, old[0]) / len(beside) if old in self.tables else 0.0
-        if table is None:
-            return 0.0
-        return float(np.interp(macs, *table))
+        sizes, times = table
+        pace = self._one(old, old[0]) / old[0] if old in self.tables and old[0] else 0.0
+        return float(np.interp(macs, sizes, times)) + pace * max(macs - sizes[-1], 0)
 
     def predict(self, offers: Sequence[Offer]) -> dict[str, float]:
         """Latency, size and MACs over the original's, each times its bias."""
