@@ -19,13 +19,14 @@ from whet.search.bench import (
     LESSON,
     LESSONS,
     PROBE,
+    PROFILES,
     STEERING,
     TIMES,
     Bench,
     Way,
 )
 from whet.search.lessons import PLACES
-from whet.search.menu import Attempt, Offer
+from whet.search.menu import Attempt, Menu, Offer, counts
 from whet.search.plan import Plan
 from whet.search.steering import FIRST
 from whet.search.wish import Wish
@@ -235,3 +236,26 @@ def test_trials_are_timed_in_the_same_processes_each_time_another_first(tmp_path
     assert {run[0] for run in runs} == {"a", "b", "original"}
     assert found.together(trials) == [0.5, 0.75]
     assert len(runs) == bench.TURNS  # it is remembered
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_every_layer_that_a_technique_can_make_is_timed(tmp_path, monkeypatch, timed):
+    """What half of a technique's strength left alone was predicted to save nothing."""
+    found, seen = small(tmp_path), []
+    base = counts(found.task.model, found.task.example)
+
+    def profile(self, steps, way):
+        seen.append(steps)
+        return {"layers": base, "times": {}, "latency": 1.0, "bytes": 1.0}
+
+    monkeypatch.setattr(Bench, "_profile", profile)
+    offers = {
+        ("L1Filters", place): [
+            Offer(Option(L1Filters(), place, "amount", a), 0.1, {}) for a in rungs
+        ]
+        for place, rungs in (("0", (0.25, 0.75)), ("3", (0.25, 0.5)))
+    }
+    found.profiles(Menu(base, offers), WAY, timed)
+    strongest = [step.amounts for steps in seen for step in steps if len(step.amounts) == 2]
+    assert (strongest[0] == {"0": 0.75, "3": 0.5}) is timed
+    assert seen[0] == [] and len(seen) <= 1 + timed + PROFILES

@@ -133,11 +133,23 @@ class Bench:
         name = f"lesson {length} {Recipe(steps).yaml()} {self.network}"
         return self.rows.get(name, lambda: deviation(trained(steps, length).model, known))
 
-    def profiles(self, menu: Menu, way: Way) -> list[Profile]:
-        """All plans timed layer by layer in the runtime: the untouched network, some at random."""
+    def profiles(self, menu: Menu, way: Way, timed: bool) -> list[Profile]:
+        """All plans timed layer by layer in the runtime: the untouched network, some at random.
+
+        Args:
+            menu: what can be done.
+            way: how plans will end.
+            timed: whether their latency matters; then also the strongest of each technique at
+                all of its places, so that no layer that it makes is one that nobody has timed.
+        """
         chance = random.Random(self.settings.seed)
         groups = plans.bundles(menu)
         picks: list[plans.Bundle] = [()]
+        if timed:
+            strongest: dict[str, plans.Bundle] = {}
+            for (name, _), offers in menu.offers.items():
+                strongest[name] = (*strongest.get(name, ()), offers[-1])
+            picks += strongest.values()
         for turn in range(PROFILES):
             share = (turn + 1) / PROFILES  # from few changes to many
             picks.append(

@@ -181,10 +181,11 @@ class Search:
         self.way = self._way(targets)
         costly = {*self._limits(), self.wish.minimize} & COSTS.keys()
         wanted = {COSTS[name] for name in costly}
-        menu = self.bench.menu(wanted, targets, self.way, timed="latency" in costly)
-        costs = Costs(menu.base, self.bench.profiles(menu, self.way))
+        timed = "latency" in costly
+        menu = self.bench.menu(wanted, targets, self.way, timed)
+        costs = Costs(menu.base, self.bench.profiles(menu, self.way, timed))
         self._explore(menu, costs)
-        if "latency" in costly:
+        if timed:
             for trial, ratio in zip(self.trials, self.bench.together(self.trials), strict=True):
                 trial["latency"] = ratio
         best = min(self.trials, key=self._rank)
