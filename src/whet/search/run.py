@@ -52,7 +52,9 @@ from whet.task import Task
 # ResNet-56 of benchmarks/search.py; a long one goes on from a short one
 LONGER = 0.1
 GAIN = (1 + TIMES) ** LONGER
-FIRST_RATE = 0.25  # the drop at a deviation of 1, before any trial was made
+# the drop at a deviation of 1, before any trial was made: about what the VGG-16 of
+# benchmarks/search.md lost at each length of training, in parts of one
+FIRST_RATE = 0.25
 LEAST_DROP = 0.2  # of the limit: no trial is taken to have lost less
 SOLVES = 10  # to find the plan of a deviation
 FURTHER, STEPS = 1.1, 8  # in deviation, from a plan that is known, and how often
@@ -521,9 +523,9 @@ class Search:
 
 
 def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
-    """The deviation x whose drop should be `limit`, by drop = c x^2; 0 where no drop is allowed.
+    """The deviation x whose drop should be `limit`, by drop = c x; 0 where no drop is allowed.
 
-    c = sum x^2 y / sum x^4, the least squares of drops y that are all measured with the same error.
+    c = sum x y / sum x^2, the least squares of drops y that are all measured with the same error.
 
     Args:
         limit: a drop.
@@ -531,13 +533,13 @@ def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
     """
     if limit <= 0:
         return 0.0
-    fourth = sum(x**4 for x, _ in known)
-    if not fourth:
-        return math.sqrt(limit / FIRST_RATE)
-    c = sum(x * x * y for x, y in known) / fourth
+    squares = sum(x * x for x, _ in known)
+    if not squares:
+        return limit / FIRST_RATE
+    c = sum(x * y for x, y in known) / squares
     # drops within the noise say that more is bearable, not how much more
-    least = LEAST_DROP * limit / max(x for x, _ in known) ** 2
-    return math.sqrt(limit / max(c, least))
+    least = LEAST_DROP * limit / max(x for x, _ in known)
+    return limit / max(c, least)
 
 
 def _same(plan: Plan) -> tuple[int, ...]:
