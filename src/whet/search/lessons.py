@@ -3,8 +3,8 @@
     L_kp is to count t_k r_p / m_k of itself,   m_k = sum_p L_kp r_p / sum_p L_kp
 
 each of t and r a share: what a short training leaves of a deviation, less what it makes of the
-untouched network, over the deviation. It is more than all where training is hard, as it is with
-depthwise kernels.
+untouched network, over the deviation. It is more than all where training is hard, as it is without
+BatchNorm.
 
 A short training of technique k at half of its strength or less, everywhere, says t_k: what one
 disturbs comes back in a few steps where what another does stays. Trainings after the strongest
