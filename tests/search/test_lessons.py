@@ -129,6 +129,8 @@ def test_places_are_spread_from_the_first_to_the_last():
 
 
 def test_a_block_stands_where_its_first_layer_does():
-    depths = depth_of(["stem", "blocks.0.a", "blocks.0.b", "blocks.1.a", "head"])
-    assert [depths[p] for p in ("stem", "blocks.0", "blocks.0.b", "blocks.1")] == [0, 1, 2, 3]
-    assert depths["blocks"] == 1 and depth_of([]) == {}
+    depth = depth_of(["stem", "blocks.0.a", "blocks.0.b", "blocks.1.a", "head"])
+    assert [depth(p) for p in ("stem", "blocks.0", "blocks.0.b", "blocks.1")] == [0, 1, 2, 3]
+    assert depth("blocks") == 1
+    # an activation has no weights
+    assert (depth("blocks.1.relu"), depth("relu"), depth_of([])("relu")) == (3, 0, 0)

@@ -43,9 +43,9 @@ def taught(menu: Menu, tries: Tries, lesson: Callable[[Technique | None], float]
         places.setdefault(name, {})[place] = offers
     if not places:
         return menu
-    depths, floor = depth_of(menu.base), lesson(None)
+    depth, floor = depth_of(menu.base), lesson(None)
     guide = max(places.values(), key=lambda offered: sum(o[-1].deviation for o in offered.values()))
-    at = spread(sorted(guide, key=depths.__getitem__), PLACES)
+    at = spread(sorted(guide, key=depth), PLACES)
     left = []
     for done, place in enumerate(at):
         tries.tell(f"train after a cut at {place}", done, len(at))
@@ -57,7 +57,7 @@ def taught(menu: Menu, tries: Tries, lesson: Callable[[Technique | None], float]
         everywhere, said = _bearable(catalog.techniques()[name], tries)
         together = share(said["deviation"], lesson(everywhere), floor)
         some = {place: offers[len(offers) // 2].deviation for place, offers in offered.items()}
-        lines = np.interp([depths[p] for p in offered], [depths[p] for p in at], np.log(left))
+        lines = np.interp([depth(p) for p in offered], [depth(p) for p in at], np.log(left))
         each = spread_over(together, some, dict(zip(offered, np.exp(lines), strict=True)))
         for place, offers in offered.items():
             found[name, place] = [

@@ -366,8 +366,7 @@ def _first(kind: type[Technique], tries: Tries) -> Technique:
 def _samples(kind: type[Technique], tries: Tries) -> list[Technique]:
     """The middle of its ladder at a few places, each alone."""
     knob, values = next(iter(kind.ladder.items()))
-    depths = depth_of(tries.attempt.base)
-    places = spread(sorted(tries.places(kind), key=depths.__getitem__), SAMPLES)
+    places = spread(sorted(tries.places(kind), key=depth_of(tries.attempt.base)), SAMPLES)
     return [tried(kind, {"only": (place,), knob: values[len(values) // 2]}) for place in places]
 
 
@@ -393,14 +392,23 @@ def spread(places: Sequence[str], most: int) -> list[str]:
     return [places[round(float(pick))] for pick in picks]
 
 
-def depth_of(layers: Iterable[str]) -> dict[str, int]:
-    """How many layers come before a layer, or before the first of those inside a module."""
-    found: dict[str, int] = {}
+def depth_of(layers: Iterable[str]) -> Callable[[str], int]:
+    """How many layers come before a layer, or before the first of those inside a module.
+
+    What has none inside stands where the module around it does.
+    """
+    firsts = {"": 0}
     for k, path in enumerate(layers):
         names = path.split(".")
-        for length in range(len(names) + 1):
-            found.setdefault(".".join(names[:length]), k)
-    return found
+        for length in range(1, len(names) + 1):
+            firsts.setdefault(".".join(names[:length]), k)
+
+    def depth(place: str) -> int:
+        while place not in firsts:
+            place = place.rpartition(".")[0]
+        return firsts[place]
+
+    return depth
 
 
 def _seconds(
