@@ -30,6 +30,7 @@ from whet.search.menu import Attempt, Menu, Offer, counts
 from whet.search.plan import Plan
 from whet.search.steering import FIRST
 from whet.search.wish import Wish
+from whet.techniques.prune.dropblocks import DropBlocks
 from whet.techniques.prune.l1filters import L1Filters
 from whet.testing import tiny_task
 
@@ -259,3 +260,11 @@ def test_every_layer_that_a_technique_can_make_is_timed(tmp_path, monkeypatch, t
     strongest = [step.amounts for steps in seen for step in steps if len(step.amounts) == 2]
     assert (strongest[0] == {"0": 0.75, "3": 0.5}) is timed
     assert seen[0] == [] and len(seen) <= 1 + timed + PROFILES
+
+
+def test_a_lesson_may_be_behind_a_step_that_looks_at_validation_data(tmp_path):
+    """Half of the blocks are those that cost least on it."""
+    found = small(tmp_path)
+    found.task = tiny_task("transformer")
+    known = Attempt.on(found.task, [], 0).known
+    assert found._lesson(known, DropBlocks(amount=0.5)) != found._lesson(known, None)

@@ -113,11 +113,13 @@ class Bench:
 
         def trained(steps: Sequence[Technique], length: int) -> Work:
             runner.seed_all(self.settings.seed, self.task)
-            task = dataclasses.replace(self.task, validation=None)
-            work = Work(copy.deepcopy(task.model), task.model, task)
-            lesson = catalog.technique("Distill", {"epochs": length / batches} | FIRST[1])
-            for each in (*steps, lesson):
+            work = Work(copy.deepcopy(self.task.model), self.task.model, self.task)
+            for each in steps:
                 _attempt(each, work)
+            # a training that looked at validation data would keep its best weights
+            blind = dataclasses.replace(self.task, validation=None)
+            work = dataclasses.replace(work, task=blind)
+            _attempt(catalog.technique("Distill", {"epochs": length / batches} | FIRST[1]), work)
             return work
 
         def pace() -> float:
