@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from whet.graph import sites
 from whet.graph.trace import baked
+from whet.rungs.teaching import divergence, is_scores
 from whet.task import Batches, as_arguments, batch_size, evaluating, limited, tensors_in
 
 
@@ -74,7 +75,7 @@ def answers(
             outputs.append(floats(model(*as_arguments(x))))
             count += batch_size(x)
     sizes = [sum(float(z.square().sum()) for z in each) / count for each in zip(*outputs)]  # noqa: B905
-    scores = loss is F.cross_entropy and all(len(z) == 1 and z[0].ndim == 2 for z in outputs)
+    scores = loss is F.cross_entropy and all(len(z) == 1 and is_scores(z[0]) for z in outputs)
     return Answers(inputs, outputs, [size or 1.0 for size in sizes], count, scores)
 
 
@@ -87,8 +88,7 @@ def deviation(model: nn.Module, known: Answers) -> float:
             got = floats(model(*as_arguments(x)))
             for z, z0, size in zip(got, wanted, known.sizes, strict=True):
                 if known.scores:
-                    log_p, log_p0 = z.log_softmax(dim=1), z0.log_softmax(dim=1)
-                    total += float(F.kl_div(log_p, log_p0, reduction="sum", log_target=True))
+                    total += float(divergence(z, z0, temperature=1.0)) * len(z)
                 else:
                     total += float((z - z0).square().sum()) / (2 * size)
     return total / known.examples if math.isfinite(total) else math.inf

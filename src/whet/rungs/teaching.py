@@ -154,8 +154,13 @@ def must_score(asked: str, task: Task, outputs: Mapping[str, Any]) -> None:
         found = "the task has a loss of its own, so its outputs may not be class scores"
         raise Refused(asked, found, todo)
     for whose, z in outputs.items():
-        if not (torch.is_tensor(z) and z.ndim == 2 and z.is_floating_point()):
+        if not is_scores(z):
             raise Refused(asked, f"{whose} are no class scores [batch, classes]", todo)
+
+
+def is_scores(z: Any) -> TypeGuard[Tensor]:
+    """Whether outputs are one tensor [batch, classes] of real numbers."""
+    return torch.is_tensor(z) and z.ndim == 2 and z.is_floating_point()
 
 
 def divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:

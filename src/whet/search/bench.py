@@ -142,7 +142,7 @@ class Bench:
             menu: what can be done.
             way: how plans will end.
             timed: whether their latency matters; then also the strongest of each technique at
-                all of its places, so that no layer that it makes is one that nobody has timed.
+                all of its places. What half of its strength leaves alone was not timed before.
         """
         chance = random.Random(self.settings.seed)
         groups = plans.bundles(menu)

@@ -71,7 +71,7 @@ def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Mapping[s
     knob, values = next(iter(kind.ladder.items()))
     middle, mild = half(kind), tried(kind, {knob: values[0]})
     [said] = tries.each([middle])
-    if said["deviation"] <= DESTROYED or mild == middle or len(values) == 1:
+    if said["deviation"] <= DESTROYED or len(values) == 1:
         return middle, said
     [milder] = tries.each([mild])
     return (middle, said) if milder["refused"] is not None else (mild, milder)

@@ -322,10 +322,7 @@ def _fastest(
     its square.
     """
     before, good = total(tries.attempt.base), {}
-    saved = {
-        name: max(1 - a / max(b, 1) for a, b in zip(now, before, strict=True))
-        for name, (_, _, now) in stays.items()
-    }
+    saved = {name: _saved(now, before) for name, (_, _, now) in stays.items()}
     for name in sorted(stays, key=lambda name: stays[name][1]["deviation"] / saved[name] ** 2):
         kind, said, _ = stays[name]
         seconds = _seconds(kind, tries, firsts[name], said)
@@ -377,13 +374,17 @@ def _adds_up(
     base = tries.attempt.base
 
     def saves(said: Mapping[str, Any]) -> float:
-        now = total({**base, **said["layers"]})
-        return max(1 - a / max(b, 1) for a, b in zip(now, total(base), strict=True))
+        return _saved(total({**base, **said["layers"]}), total(base))
 
     share = sum(map(saves, alone))
     if share <= 0:
         return everywhere["deviation"]  # it does nothing at these
     return sum(said["deviation"] for said in alone) * saves(everywhere) / share
+
+
+def _saved(now: Counts, before: Counts) -> float:
+    """The share that is saved of MACs or of bytes, the larger of both."""
+    return max(1 - a / max(b, 1) for a, b in zip(now, before, strict=True))
 
 
 def spread(places: Sequence[str], most: int) -> list[str]:
