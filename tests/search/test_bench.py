@@ -268,3 +268,32 @@ def test_a_lesson_may_be_behind_a_step_that_looks_at_validation_data(tmp_path):
     found.task = tiny_task("transformer")
     known = Attempt.on(found.task, [], 0).known
     assert found._lesson(known, DropBlocks(amount=0.5)) != found._lesson(known, None)
+
+
+def test_a_recovery_is_judged_as_tries_are(tmp_path, monkeypatch):
+    """By divergence where answers are class scores."""
+    scores = []
+    monkeypatch.setattr(bench, "deviation", lambda model, known: scores.append(known.scores) or 0.5)
+    small(tmp_path)._recovery(plan(), WAY)
+    assert scores == [True] * len(FIRST)
+
+
+def test_the_training_of_a_lesson_does_not_look_at_validation_data(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        bench, "_attempt", lambda step, work: seen.append((step.name, work.task.validation))
+    )
+    found = small(tmp_path)
+    found._lesson(Attempt.on(found.task, [], 0).known, L1Filters(amount=0.5))
+    assert seen == [("L1Filters", found.task.validation), ("Distill", None)]
+
+
+def test_what_is_never_trained_is_taught_nothing(tmp_path, monkeypatch):
+    taught = []
+    monkeypatch.setattr(bench, "taught", lambda menu, *_: taught.append(menu) or menu)
+    for train in (True, False):
+        found = small(tmp_path)
+        found.wish = replace(found.wish, techniques=["L1Filters"])
+        found.task = found.task if train else replace(found.task, train=None)
+        assert found.menu({"macs"}, [], WAY, timed=False).offers
+        assert len(taught) == 1

@@ -90,6 +90,15 @@ def test_the_most_disturbing_technique_is_trained_at_a_few_places():
     assert seen.count(None) == 1
 
 
+def test_what_disturbs_most_may_have_few_places():
+    seen, drawn = [], menu()
+    for k in (2, 5):
+        drawn.offers["Cp", f"layer.{k}"] = [factors(k, 0.5, 30.0)]
+    taught(drawn, tries(), lambda step: seen.append(step) or falling(step))
+    at = [(step.name, *step.only) for step in seen if step and step.only]
+    assert at == [("Cp", "layer.2"), ("Cp", "layer.5")]
+
+
 @pytest.mark.parametrize(("deviation", "amount", "left"), [(0.5, 0.5, 0.3), (1.9, 0.25, 0.3 / 1.9)])
 def test_what_leaves_nothing_to_recover_is_trained_at_its_mildest(deviation, amount, left):
     seen = []

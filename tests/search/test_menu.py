@@ -252,6 +252,13 @@ def test_what_is_tried_on_does_not_depend_on_what_was_drawn_before():
     assert not torch.equal(one.known.inputs[0], other.known.inputs[0])
 
 
+def test_tries_compare_class_scores_where_the_task_says_that_they_are():
+    task = tiny_task("plain_cnn")
+    for loss, scores in ((task.loss, True), (torch.nn.functional.mse_loss, False)):
+        attempt = Attempt.on(replace(task, loss=loss), [], 0)
+        assert attempt.known.scores is attempt.settled.scores is scores
+
+
 def test_every_family_has_its_first_before_one_has_its_second():
     seconds = {"L1Filters": 1.0, "DepthwiseSeparable": 1.0, "Ghost": 1.0}
     clock = {"L1Filters": 0.97, "DepthwiseSeparable": 1e-9, "Ghost": 1e-9}
