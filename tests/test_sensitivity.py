@@ -137,6 +137,8 @@ def test_class_scores_deviate_by_their_divergence():
 
     alike = Moved(torch.tensor(3.0))
     assert sensitivity.deviation(alike, known) == pytest.approx(0, abs=1e-5)
+    rounded = [sensitivity.deviation(Moved(torch.tensor(k / 7)), known) for k in range(40)]
+    assert min(rounded) >= 0
     assert sensitivity.deviation(alike, plain) > 0.1
     one = Moved(torch.tensor([1.0, 0.0, 0.0, 0.0]))
     z0 = torch.cat([z for [z] in known.outputs])

@@ -12,7 +12,7 @@ def test_words_say_what_each_place_got_and_why_not(said):
     assert words["What was asked for"] == [
         "drop at most 1pp; as little latency as possible.", "2 trials in 2 min.",
     ]  # fmt: skip
-    alone = "alone it changes the outputs by 0.02 and saves"
+    alone = "alone it is expected to change the outputs by 0.02 and saves"
     assert words["What each place got"] == [
         f"a: L1Filters, amount 0.5; {alone} 25.0 % of the MACs.",
         f"b: no L1Filters; amount 0.5, {alone} 5.0 % of the MACs.",

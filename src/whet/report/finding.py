@@ -70,7 +70,7 @@ def _places(found: Search) -> list[str]:
     for (place, technique), each in options.items():
         taken = next((o for o in each if o["taken"]), None)
         told = taken or each[0]
-        alone = f"alone it changes the outputs by {told['deviation']:.2g}"
+        alone = f"alone it is expected to change the outputs by {told['deviation']:.2g}"
         saves = f"and saves {percent(-told['macs'] / whole)} of the MACs"
         if taken is not None:
             lines.append(f"{place}: {technique}, {_strength(taken)}; {alone} {saves}.")
@@ -141,7 +141,11 @@ def _heat(found: Search) -> str:
         for place, rungs in places.items():
             cells = (_cell(rungs.get(head), found) for head in heads)
             lines.append(f"<tr><td>{escape(place)}</td>{''.join(cells)}</tr>")
-        shown.append(_foldable(f"{technique}: how far each place alone moves the outputs", lines))
+        shown.append(
+            _foldable(
+                f"{technique}: how far each place alone is expected to move the outputs", lines
+            )
+        )
     return "\n".join(shown)
 
 

@@ -91,7 +91,8 @@ def deviation(model: nn.Module, known: Answers) -> float:
                     total += float(divergence(z, z0, temperature=1.0)) * len(z)
                 else:
                     total += float((z - z0).square().sum()) / (2 * size)
-    return total / known.examples if math.isfinite(total) else math.inf
+    # a divergence of nothing may round to less
+    return max(total, 0.0) / known.examples if math.isfinite(total) else math.inf
 
 
 def traces(
