@@ -80,6 +80,7 @@ class Technique(BaseModel):
         adds_bytes: whether it saves operations at the price of bytes.
         tiny: knobs that suit the tiny networks of the conformance kit.
         ladder: for a probe, values of its knobs from mild to strong.
+        control: whether it is there for others to be compared with; no search takes it.
         shows: a network of the conformance kit that it applies to.
     """
 
@@ -93,6 +94,7 @@ class Technique(BaseModel):
     adds_bytes: ClassVar[bool] = False
     tiny: ClassVar[dict[str, Any]] = {}
     ladder: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    control: ClassVar[bool] = False
     shows: ClassVar[str] = "residual_cnn"
 
     def places(self, model: nn.Module, example: tuple[Any, ...]) -> list[str]:

@@ -45,7 +45,9 @@ def explored(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(run.plans, "least", lambda *_: latency(MOST))
     costs = SimpleNamespace(bias={}, predict=lambda _: {"latency": latency(0)})
 
-    def make(c: float, noise: float, seed: int, trials: int = 4, finals: int = 1) -> list[Any]:
+    def make(
+        c: float, noise: float, seed: int, trials: int = 4, finals: int = 1, gain: float = run.GAIN
+    ) -> list[Any]:
         chance = random.Random(seed)
         search = run.Search.__new__(run.Search)
         search.task = SimpleNamespace(train=[1])  # type: ignore
@@ -54,7 +56,7 @@ def explored(monkeypatch: pytest.MonkeyPatch):
         search.trials, search.way = [], None  # type: ignore
 
         def trial(plan: Plan, way: Any, kind: str) -> dict[str, Any]:
-            longer = run.GAIN if kind == "long" else 1
+            longer = gain if kind == "long" else 1
             drop = c * plan.deviation / longer + chance.gauss(0, noise)
             said = {"drop": drop, "latency": plan.costs["latency"], "deviation": plan.deviation}
             said |= {"offers": plan.named, "final": kind == "long", "predicted": {}}
@@ -114,6 +116,27 @@ def test_a_long_recovery_is_for_what_is_not_within_the_limit_yet(explored: Any):
             assert len(final["offers"]) not in others
             kinds.add("a new one" if len(final["offers"]) != within else "the best")
     assert kinds == {"beyond the limit", "a new one", "the best"}
+
+
+def test_what_longer_recoveries_leave_is_learnt_from_those_that_were_made(explored: Any):
+    gain = 1.6
+    found = [taken(explored(0.24, 0.0, 0, finals=finals, gain=gain)) for finals in (1, 2, 3, 4)]
+    strongest = math.floor(LIMIT * gain / 0.24 / EACH)
+    assert found[0] == math.floor(LIMIT * run.GAIN / 0.24 / EACH)
+    assert found == sorted(found)
+    assert strongest - found[-1] <= 1 < found[-1] - found[0]
+
+
+@pytest.mark.parametrize("known", [[], [(0.008, 0.004)], [(0.006, 0.004), (0.01, 0.006)]])
+def test_the_share_that_a_longer_recovery_leaves_has_the_least_squares(known: Any):
+    pairs = [(LIMIT, LIMIT / run.GAIN), *known]
+
+    def error(g: float) -> float:
+        return sum((y - g * x) ** 2 for x, y in pairs)
+
+    g = run.left_by_longer(LIMIT, known)
+    assert error(g) < min(error(g * 1.01), error(g * 0.99))
+    assert g == pytest.approx(1 / run.GAIN) or known
 
 
 def test_a_plan_over_its_limit_is_none(monkeypatch: pytest.MonkeyPatch, explored: Any):

@@ -285,14 +285,21 @@ class Destroyed(Slow):
 
 
 def test_rivals_are_compared_where_not_all_is_destroyed():
-    tries = Destroyed({"L1Filters": (2.0, 0.1), "RandomFilters": (1.0, 0.3)})
+    tries = Destroyed({"L1Filters": (2.0, 0.1), "L2Filters": (1.0, 0.3)})
     verdicts = drawn(tries).verdicts
     assert verdicts["L1Filters"] == "taken"
-    assert verdicts["RandomFilters"] == "L1Filters saves as much at 0.33 of its error"
-    middles = [step.only for step in tries.seen if step.name == "RandomFilters" and step.only][1:]
+    assert verdicts["L2Filters"] == "L1Filters saves as much at 0.33 of its error"
+    middles = [step.only for step in tries.seen if step.name == "L2Filters" and step.only][1:]
     places = tries.places(L1Filters)
     assert len(middles) == min(SAMPLES, len(places))
     assert (middles[0], middles[-1]) == ((places[0],), (places[-1],))
+
+
+def test_a_control_is_no_choice_even_where_it_disturbs_least():
+    tries = Destroyed({"L1Filters": (2.0, 0.1), "RandomFilters": (1.0, 0.01)})
+    verdicts = drawn(tries).verdicts
+    assert verdicts["L1Filters"] == "taken"
+    assert verdicts["RandomFilters"] == "it is a control that others are compared with"
 
 
 def test_what_is_disturbed_everywhere_grows_from_a_few_places_as_what_is_saved():

@@ -462,6 +462,8 @@ def _broken(kind: type[Technique], finish: Sequence[Technique]) -> str | None:
 def _unfit(kind: type[Technique], tries: Tries, wanted: set[str]) -> str | None:
     """Why a technique is no choice place by place, before it is tried at all."""
     task, targets = tries.attempt.task, tries.attempt.targets
+    if kind.control:
+        return "it is a control that others are compared with"
     if not kind.ladder or "only" not in kind.model_fields:
         return "it acts on the whole network; a recipe can name it"
     if "epochs" in kind.model_fields and kind.model_fields["epochs"].default > 0:

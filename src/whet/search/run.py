@@ -48,8 +48,9 @@ from whet.search.wish import preset as usual
 from whet.targets.target import Target
 from whet.task import Task
 
-# a drop falls with the length of the recovery to this power: four times as long hardly helped the
-# ResNet-56 of benchmarks/search.py; a long one goes on from a short one
+# a drop falls with the length of the recovery to this power, before any was made longer: four times
+# as long hardly helped the ResNet-56 of benchmarks/search.md and left two thirds on its VGG-16; a
+# long one goes on from a short one
 LONGER = 0.1
 GAIN = (1 + TIMES) ** LONGER
 # the drop at a deviation of 1, before any trial was made: about what the VGG-16 of
@@ -326,7 +327,10 @@ class Search:
         limit = self.bounds["drop"][0]
         known = {_same(each.plan): each.trial for each in tried}
         best = self._unfinished(tried) if kind == "long" else None
-        if best is not None and excess(best.trial["drop"], limit):
+        within = [
+            t[self.wish.minimize] for t in known.values() if t and not excess(t["drop"], limit)
+        ]
+        if best is not None and best.trial[self.wish.minimize] < min(within, default=math.inf):
             return best.plan
         drops = [(t["deviation"], self._recovered(t)) for t in self.trials if t["offers"]]
         room, further = deviation_of(limit, drops), 0.0
@@ -334,9 +338,10 @@ class Search:
             plan = strongest(room)
             if _same(plan) not in known:
                 return plan
-            if not further:
-                trial = known[_same(plan)]
-                further = FURTHER if trial and not excess(trial["drop"], limit) else 1 / FURTHER
+            trial = known[_same(plan)]
+            good = trial is not None and not excess(trial["drop"], limit)
+            if good or not further:  # what is milder than a good one is no better
+                further = FURTHER if good else 1 / FURTHER
             room *= further
         return None if best is None else best.plan
 
@@ -384,8 +389,17 @@ class Search:
 
     def _recovered(self, trial: Mapping[str, Any]) -> float:
         """The drop of a trial, had its recovery been a long one."""
-        longer = self.task.train is not None and not trial["final"]
-        return trial["drop"] / GAIN if longer else trial["drop"]
+        if self.task.train is None or trial["final"]:
+            return trial["drop"]
+        cut = [t for t in self.trials if t["offers"]]
+        short = {str(t["offers"]): t["drop"] for t in cut if not t["final"]}
+        rate = slope([(t["deviation"], t["drop"]) for t in cut if not t["final"]])
+        known = [
+            (short.get(str(t["offers"]), rate * t["deviation"]), t["drop"])
+            for t in cut
+            if t["final"]
+        ]
+        return trial["drop"] * left_by_longer(self.bounds["drop"][0], known)
 
     def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""
@@ -525,21 +539,34 @@ class Search:
 def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
     """The deviation x whose drop should be `limit`, by drop = c x; 0 where no drop is allowed.
 
-    c = sum x y / sum x^2, the least squares of drops y that are all measured with the same error.
-
     Args:
         limit: a drop.
         known: pairs (deviation, drop) that were measured.
     """
     if limit <= 0:
         return 0.0
-    squares = sum(x * x for x, _ in known)
-    if not squares:
+    if not any(x for x, _ in known):
         return limit / FIRST_RATE
-    c = sum(x * y for x, y in known) / squares
+    c = slope(known)
     # drops within the noise say that more is bearable, not how much more
     least = LEAST_DROP * limit / max(x for x, _ in known)
     return limit / max(c, least)
+
+
+def left_by_longer(limit: float, known: Sequence[tuple[float, float]]) -> float:
+    """The share of a drop that a long recovery leaves, one of `limit` by GAIN being imagined.
+
+    Args:
+        limit: a drop.
+        known: pairs (drop after a short recovery, after a long one of the same plan).
+    """
+    return max(slope([(limit, limit / GAIN), *known]), LEAST_DROP)
+
+
+def slope(pairs: Sequence[tuple[float, float]]) -> float:
+    """c = sum x y / sum x^2: least squares of y = c x, all y measured with the same error."""
+    squares = sum(x * x for x, _ in pairs)
+    return sum(x * y for x, y in pairs) / squares if squares else 0.0
 
 
 def _same(plan: Plan) -> tuple[int, ...]:

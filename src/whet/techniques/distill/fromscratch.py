@@ -29,6 +29,7 @@ class FromScratch(TrainTechnique):
     """Draw all weights anew, masks stay, then train on the labels."""
 
     spoils: ClassVar[frozenset[type]] = packed.QUANTIZED | {Grid}
+    control: ClassVar[bool] = True
 
     def objective(self, work: Work) -> Callable[[Any, Any, Any], Tensor]:
         task = work.task

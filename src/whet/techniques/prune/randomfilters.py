@@ -14,7 +14,7 @@ Costs: one trace, then seconds.
 from __future__ import annotations
 
 import zlib
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -25,6 +25,8 @@ from whet.rungs.channels import ChannelTechnique
 
 class RandomFilters(ChannelTechnique):
     """Remove the share `amount` of the channels of every coupled group, by lot."""
+
+    control: ClassVar[bool] = True
 
     seed: Annotated[int, Field(ge=0, description="another seed draws other channels")] = 0
 
