@@ -58,6 +58,7 @@ GAIN = (1 + TIMES) ** LONGER
 FIRST_RATE = 0.25
 LEAST_DROP = 0.2  # of the limit: no trial is taken to have lost less
 SOLVES = 10  # to find the plan of a deviation
+CAUTION = 0.7  # for each trial that missed, while none is within the limit
 FURTHER, STEPS = 1.1, 8  # in deviation, from a plan that is known, and how often
 OVER = 1.02  # times its limit a plan may cost, as costs are not quite sums
 MARGIN = 0.99  # predicted costs keep this far within their limits
@@ -333,7 +334,8 @@ class Search:
         if best is not None and best.trial[self.wish.minimize] < min(within, default=math.inf):
             return best.plan
         drops = [(t["deviation"], self._recovered(t)) for t in self.trials if t["offers"]]
-        room, further = deviation_of(limit, drops), 0.0
+        missed = 0 if within else len(drops)
+        room, further = deviation_of(limit, drops) * CAUTION**missed, 0.0
         for _ in range(STEPS):
             plan = strongest(room)
             if _same(plan) not in known:
