@@ -305,15 +305,14 @@ class Search:
                 plan = self._next(strongest, kind, tried)
             except solve.Unreachable as error:
                 raise self._unreachable(limits, error) from error
-            if plan is None:
-                continue  # what was measured leads to what was tried
-            if not plan.offers:
-                self.notes.append("nothing that a plan could change is predicted to be bearable.")
-                return
+            if plan is None or not plan.offers:
+                continue  # what was measured leads to what was tried, or to nothing
             trial = self._trial(plan, self.way, kind)
             tried.append(Tried(kind, plan, trial))
             if trial is not None:
                 self._learn(costs, trial)
+        if not tried:
+            self.notes.append("nothing that a plan could change is predicted to be bearable.")
 
     def _next(
         self, strongest: Callable[[float], Plan], kind: str, tried: Sequence[Tried]
@@ -321,9 +320,10 @@ class Search:
         """The plan of the next trial; None where all that could be are known.
 
         A long recovery is for the best plan that it should bring within the limit, if none that is
-        there already is as good. Else the next is the strongest plan that should be bearable, or
-        where that one is known the next to it: a stronger one if it was within the limit. Where all
-        of these are known too, the best of what is bearable is recovered for long.
+        there already is as good. Else the next is the strongest plan that should be bearable, more
+        careful for each that missed while none is within the limit; or where that one is known the
+        next to it: a stronger one if it was within the limit. Where all of these are known too, the
+        best of what is bearable is recovered for long.
         """
         limit = self.bounds["drop"][0]
         known = {_same(each.plan): each.trial for each in tried}
