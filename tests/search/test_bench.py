@@ -249,7 +249,7 @@ def test_every_layer_that_a_technique_can_make_is_timed(tmp_path, monkeypatch, t
         seen.append(steps)
         return {"layers": base, "times": {}, "latency": 1.0, "bytes": 1.0}
 
-    monkeypatch.setattr(Bench, "_profile", profile)
+    monkeypatch.setattr(Bench, "_in_runtime", profile)
     offers = {
         ("L1Filters", place): [
             Offer(Option(L1Filters(), place, "amount", a), 0.1, {}) for a in rungs

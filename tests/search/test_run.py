@@ -186,7 +186,7 @@ def test_the_choice_is_among_trials_that_were_timed_together(tmp_path, monkeypat
     said = [0.25, 0.5, 0.75]
     nearest = lambda self, best: [f"what is near {best['latency']}"]  # noqa: E731
     monkeypatch.setattr(run.Search, "_nearest", nearest)
-    monkeypatch.setattr(bench.Bench, "_profile", by_macs)
+    monkeypatch.setattr(bench.Bench, "_in_runtime", by_macs)
     monkeypatch.setattr(bench.Bench, "together", lambda self, trials: said[: len(trials)])
     options = QUICK | {"trials": 1, "finals": 1, "epochs": 0.5, "minimize": "latency"}
     result = run.search(tiny_task("plain_cnn"), drop="100pp", workspace=tmp_path / "w", **options)

@@ -9,7 +9,6 @@ import copy
 import dataclasses
 import hashlib
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -144,41 +143,32 @@ class Bench:
             timed: whether their latency matters; then also the strongest of each technique at
                 all of its places. What half of its strength leaves alone was not timed before.
         """
-        chance = random.Random(self.settings.seed)
-        groups = plans.bundles(menu)
         picks: list[plans.Bundle] = [()]
         if timed:
             strongest: dict[str, plans.Bundle] = {}
             for (name, _), offers in menu.offers.items():
                 strongest[name] = (*strongest.get(name, ()), offers[-1])
             picks += strongest.values()
-        for turn in range(PROFILES):
-            share = (turn + 1) / PROFILES  # from few changes to many
-            picks.append(
-                plans.flat(
-                    group[chance.randrange(1, len(group))] if chance.random() < share else ()
-                    for group in groups
-                )
-            )
+        picks += plans.drawn(menu, PROFILES, self.settings.seed)
         for done, pick in enumerate(picks):
             self.settings.tell("time random plans", done, len(picks))
-            self._timed(plans.steps(pick), way)
+            self.profile(plans.steps(pick), way)
         return list(self.timed.values())
 
     def _faster(self, steps: Sequence[Technique], way: Way) -> float | None:
         """The latency after these steps over that before them, both finished."""
-        before, after = self._timed([], way), self._timed(steps, way)
+        before, after = self.profile([], way), self.profile(steps, way)
         assert before is not None
         return None if after is None else after.latency / before.latency
 
-    def _timed(self, steps: Sequence[Technique], way: Way) -> Profile | None:
-        """A plan in the runtime; None where it is refused, or the runtime fails on it."""
+    def profile(self, steps: Sequence[Technique], way: Way) -> Profile | None:
+        """A plan, finished, in the runtime; None where it is refused or fails there."""
         bare = [_bare(step) for step in steps]
         name = f"profile {Recipe(bare).yaml()} {self.network} {way} {self.settings.threads}"
 
         def measured() -> dict[str, Any] | None:
             try:
-                return self._profile(bare, way)
+                return self._in_runtime(bare, way)
             except (Refused, TargetFailed):
                 if not bare:
                     raise  # with the untouched network there is nothing to compare
@@ -189,7 +179,7 @@ class Bench:
             self.timed[name] = Profile.of(row)
         return self.timed.get(name)
 
-    def _profile(self, steps: Sequence[Technique], way: Way) -> dict[str, Any]:
+    def _in_runtime(self, steps: Sequence[Technique], way: Way) -> dict[str, Any]:
         target = catalog.target(way.target)
         work = Work(copy.deepcopy(self.task.model), self.task.model, self.task, targets=[target])
         for step in steps:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +101,18 @@ def _empties(menu: Menu, offer: Offer) -> bool:
     """Whether an offer removes every layer below its place."""
     mine = [path for path in menu.base if path.startswith(f"{offer.option.place}.")]
     return bool(mine) and all(offer.layers.get(path) == NOTHING for path in mine)
+
+
+def drawn(menu: Menu, count: int, seed: int) -> list[Bundle]:
+    """So many random plans, from few changes to many."""
+    chance, groups = random.Random(seed), bundles(menu)
+    return [
+        flat(
+            group[chance.randrange(1, len(group))] if chance.random() < (turn + 1) / count else ()
+            for group in groups
+        )
+        for turn in range(count)
+    ]
 
 
 def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:

@@ -177,19 +177,9 @@ class Search:
 
     def result(self) -> Result:
         """Search, choose, prove."""
-        self.task.check()
-        targets = runner.targets_of(self.settings.target)
-        self._claim()
-        rows = Rows(self.home / "rows.jsonl")
-        self.bench = Bench(self.task, self.wish, self.settings, rows, self.engine)
-        self.way = self._way(targets)
-        costly = {*self._limits(), self.wish.minimize} & COSTS.keys()
-        wanted = {COSTS[name] for name in costly}
-        timed = "latency" in costly
-        menu = self.bench.menu(wanted, targets, self.way, timed)
-        costs = Costs(menu.base, self.bench.profiles(menu, self.way, timed))
+        menu, costs = self.offered()
         self._explore(menu, costs)
-        if timed:
+        if "latency" in self._costly():
             for trial, ratio in zip(self.trials, self.bench.together(self.trials), strict=True):
                 trial["latency"] = ratio
         best = min(self.trials, key=self._rank)
@@ -200,6 +190,25 @@ class Search:
         proven = runner.prove(chosen, self.task, {"search": said}, **options)
         self.bench.tidy()
         return dataclasses.replace(proven, files=proven.files | self._kept())
+
+    def offered(self) -> tuple[Menu, Costs]:
+        """How plans end, what can be done to the network, and what that costs: all but the plans.
+
+        `bench` and `way` are there from then on.
+        """
+        self.task.check()
+        targets = runner.targets_of(self.settings.target)
+        self._claim()
+        rows = Rows(self.home / "rows.jsonl")
+        self.bench = Bench(self.task, self.wish, self.settings, rows, self.engine)
+        self.way = self._way(targets)
+        wanted, timed = {COSTS[name] for name in self._costly()}, "latency" in self._costly()
+        menu = self.bench.menu(wanted, targets, self.way, timed)
+        return menu, Costs(menu.base, self.bench.profiles(menu, self.way, timed))
+
+    def _costly(self) -> set[str]:
+        """The costs that are to fall."""
+        return {*self._limits(), self.wish.minimize} & COSTS.keys()
 
     def _tell(self, what: str, done: int, of: int) -> None:
         """Progress, with the best trial so far beside what is asked, and the time left."""
