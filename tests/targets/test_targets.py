@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,10 @@ from whet.errors import TargetFailed
 from whet.measure.latency import Variant, time_together
 from whet.optional import installed
 from whet.recipe import Recipe
-from whet.targets import launcher, processor
+from whet.targets import launcher, processor, worker
 from whet.targets.onnxfile import Deployable, as_arrays
 from whet.targets.processor import Processor
 from whet.targets.target import Target
-from whet.targets.worker import turns
 from whet.task import Task
 from whet.technique import Work
 from whet.techniques.quantize.staticint8 import StaticInt8
@@ -357,9 +357,49 @@ def test_workers_leave_no_files(
     assert not os.listdir(scratch)
 
 
-def test_turns_interleave_calls_where_no_pool_spins():
-    assert turns(2, 3, threads=1) == [0, 1, 0, 1, 0, 1]
-    assert turns(2, 3, threads=2) == [0, 0, 0, 1, 1, 1]
+class Cached:
+    """A runtime whose networks take twice as long until they have run a few times in a row."""
+
+    def __init__(self, fast: dict[str, float], needed: int) -> None:
+        self.fast, self.needed, self.now = fast, needed, 0.0
+        self.calls: list[str] = []
+
+    def open(self, file: Path, threads: int, precision: str) -> Any:
+        def run(inputs: Any) -> None:
+            self.calls.append(file.name)
+            last = self.calls[-1 - self.needed :]
+            slow = len(last) <= self.needed or set(last) != {file.name}
+            self.now += self.fast[file.name] * (2 if slow else 1) / 1000
+
+        return SimpleNamespace(run=run, kernels=dict)
+
+    def timed(self, rounds: int, monkeypatch: pytest.MonkeyPatch) -> list[list[list[float]]]:
+        clock = SimpleNamespace(perf_counter=lambda: self.now, sleep=lambda seconds: None)
+        monkeypatch.setattr(worker, "time", clock)
+        variants = [{"file": name, "precision": "f32"} for name in self.fast]
+        job = {"variants": variants, "threads": 1, "rounds": rounds, "calls": 3}
+        return worker.clock(self, job, [])["milliseconds"]  # type: ignore[arg-type]
+
+
+def test_what_is_timed_is_as_fast_as_it_gets(monkeypatch):
+    runtime = Cached({"large": 4.0, "small": 0.5}, needed=10)
+    large, small = runtime.timed(4, monkeypatch)
+    assert np.allclose(large, 4.0) and np.allclose(small, 0.5)
+    assert np.shape(large) == np.shape(small) == (4, 3)
+
+
+def test_calls_that_are_not_timed_take_no_long_time(monkeypatch):
+    runtime = Cached({"huge": 90.0, "small": 0.5}, needed=0)
+    runtime.timed(1, monkeypatch)
+    assert runtime.calls.count("huge") == 1 + 2 + 3  # when it is loaded, untimed, timed
+
+
+def test_each_variant_begins_as_many_rounds(monkeypatch):
+    runtime = Cached({"a": 1.0, "b": 1.0, "c": 1.0}, needed=0)
+    runtime.timed(3, monkeypatch)
+    loaded, each = runtime.calls[:3], worker.WARM_CALLS + 3
+    assert loaded == ["a", "b", "c"]
+    assert runtime.calls[3::each] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
 
 
 def largest(target: Target, bits: int | None, folder: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -20,6 +20,7 @@ import numpy as np
 from whet.targets.target import Session, Target
 
 REST_SECONDS = 0.06  # worker pools of the runtime before keep spinning about this long
+WARM_CALLS, WARM_MS = 10, 100.0  # untimed before those that are timed, at most
 
 
 def load(name: str) -> Target:
@@ -61,11 +62,10 @@ def run(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[s
 
 
 def clock(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
-    """Milliseconds of each variant, interleaved, each timed call behind an untimed one.
+    """Milliseconds of each variant, in turns of some calls in a row, the first of them untimed.
 
-    With one thread the variants take turns call by call, so that a processor that changes its
-    speed does so for all alike. With more, the pool of the variant before would spin into the
-    next one's time, so each rests first and makes its calls in a row.
+    Another variant begins each round, since the first call behind a rest is slow. With several
+    threads the pool of the variant before would spin into the next one's time, so each rests.
     """
     sessions = [
         target.open(Path(v["file"]), job["threads"], v["precision"]) for v in job["variants"]
@@ -73,27 +73,39 @@ def clock(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict
     for session in sessions:
         session.run(inputs)
     rounds: list[list[list[float]]] = [[] for _ in sessions]
-    for _ in range(job["rounds"]):
-        took: list[list[float]] = [[] for _ in sessions]
+    for done in range(job["rounds"]):
         time.sleep(REST_SECONDS)
-        for k in turns(len(sessions), job["calls"], job["threads"]):
-            if job["threads"] > 1 and not took[k]:
+        for k in turn(len(sessions), done):
+            if job["threads"] > 1:
                 time.sleep(REST_SECONDS)
-            session = sessions[k]
-            session.run(inputs)
-            start = time.perf_counter()
-            session.run(inputs)
-            took[k].append(1000 * (time.perf_counter() - start))
-        for times, one in zip(rounds, took, strict=True):
-            times.append(one)
+            warm_up(sessions[k], inputs)
+            rounds[k].append([called(sessions[k], inputs) for _ in range(job["calls"])])
     return {"milliseconds": rounds, "kernels": [session.kernels() for session in sessions]}
 
 
-def turns(variants: int, calls: int, threads: int) -> list[int]:
-    """The order of the timed calls of a round: 0 1 0 1 ... with one thread, else 0 0 ... 1 1 ..."""
-    if threads == 1:
-        return [k for _ in range(calls) for k in range(variants)]
-    return [k for k in range(variants) for _ in range(calls)]
+def turn(variants: int, done: int) -> list[int]:
+    """The order of the variants in the round after `done` others: each is first as often."""
+    return [(done + k) % variants for k in range(variants)]
+
+
+def called(session: Any, inputs: list[np.ndarray]) -> float:
+    """Milliseconds of one call."""
+    start = time.perf_counter()
+    session.run(inputs)
+    return 1000 * (time.perf_counter() - start)
+
+
+def warm_up(session: Any, inputs: list[np.ndarray]) -> None:
+    """Untimed calls, until what another variant left in the caches is gone, or it would take long.
+
+    Weights of 60 MB came to be as fast as they get after ten calls; the second took 1.45 times
+    as long.
+    """
+    spent = 0.0
+    for _ in range(WARM_CALLS):
+        spent += called(session, inputs)
+        if spent >= WARM_MS:
+            return
 
 
 def layers(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict[str, Any]:
