@@ -132,6 +132,29 @@ def test_where_every_plan_is_known_the_best_is_recovered_for_long(
     assert [(len(t["offers"]), t["final"]) for t in trials] == [(1, False), (1, True)]
 
 
+@pytest.mark.parametrize("first", [1, 0])
+def test_a_plan_that_changes_nothing_is_no_trial_and_no_end(
+    monkeypatch: pytest.MonkeyPatch, explored: Any, first: int
+):
+    """What missed the limit by little is still to be recovered for long."""
+    blocks, notes = iter([first]), []
+    explore = run.Search._explore
+
+    def strongest(*_: Any) -> Plan:
+        k = next(blocks, 0)
+        return Plan(BLOCKS[:k], EACH * k, {"latency": latency(k)})  # type: ignore
+
+    def noted(search: Any, *args: Any) -> None:
+        explore(search, *args)
+        notes.extend(search.notes)
+
+    monkeypatch.setattr(run.Search, "_strongest", strongest)
+    monkeypatch.setattr(run.Search, "_explore", noted)
+    made = [(len(t["offers"]), t["final"]) for t in explored(0.24, 0.0, 0, at_once=0.0042)]
+    assert made == ([(1, False), (1, True)] if first else [])
+    assert bool(notes) is not bool(first)
+
+
 def test_where_drops_do_not_follow_deviations_trials_come_down_to_the_limit(explored: Any):
     made = [explored(0.24, 0.0012, seed, trials=2, at_once=0.003) for seed in range(40)]
     strongest = (LIMIT * run.GAIN - 0.003) / 0.24 / EACH

@@ -178,6 +178,16 @@ def test_what_is_put_in_another_place_comes_after_what_names_the_old_one():
     assert [step.name for step in steps] == ["DropBlocks", "L1Filters", "Cp", "Awq"]
 
 
+def test_random_plans_change_more_and_more_and_follow_from_the_seed():
+    offered = stack(40)[0]
+    known = [set(map(id, group)) for group in map(plans.flat, plans.bundles(offered))]
+    drawn = [plans.drawn(offered, 4, seed) for seed in range(20)]
+    assert drawn[3] == plans.drawn(offered, 4, 3) and drawn[3] != drawn[4]
+    changed = [[sum(any(id(o) in k for o in plan) for k in known) for plan in d] for d in drawn]
+    means = [sum(column) / len(drawn) / len(known) for column in zip(*changed, strict=True)]
+    assert means == pytest.approx([0.25, 0.5, 0.75, 1.0], abs=0.09)  # five standard deviations
+
+
 def test_nothing_cut_is_not_recovered():
     assert plans.recipe([], [Svd()], [L1Filters()]).steps == (L1Filters(),)
     assert plans.recipe([dropped("x", 0)], [Svd()], []).steps[1:] == (Svd(),)

@@ -363,6 +363,7 @@ class Cached:
     def __init__(self, fast: dict[str, float], needed: int) -> None:
         self.fast, self.needed, self.now = fast, needed, 0.0
         self.calls: list[str] = []
+        self.rests = 0
 
     def open(self, file: Path, threads: int, precision: str) -> Any:
         def run(inputs: Any) -> None:
@@ -373,11 +374,16 @@ class Cached:
 
         return SimpleNamespace(run=run, kernels=dict)
 
-    def timed(self, rounds: int, monkeypatch: pytest.MonkeyPatch) -> list[list[list[float]]]:
-        clock = SimpleNamespace(perf_counter=lambda: self.now, sleep=lambda seconds: None)
+    def timed(
+        self, rounds: int, monkeypatch: pytest.MonkeyPatch, threads: int = 1
+    ) -> list[list[list[float]]]:
+        def sleep(seconds: float) -> None:
+            self.rests += 1
+
+        clock = SimpleNamespace(perf_counter=lambda: self.now, sleep=sleep)
         monkeypatch.setattr(worker, "time", clock)
         variants = [{"file": name, "precision": "f32"} for name in self.fast]
-        job = {"variants": variants, "threads": 1, "rounds": rounds, "calls": 3}
+        job = {"variants": variants, "threads": threads, "rounds": rounds, "calls": 3}
         return worker.clock(self, job, [])["milliseconds"]  # type: ignore[arg-type]
 
 
@@ -400,6 +406,13 @@ def test_each_variant_begins_as_many_rounds(monkeypatch):
     loaded, each = runtime.calls[:3], worker.WARM_CALLS + 3
     assert loaded == ["a", "b", "c"]
     assert runtime.calls[3::each] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+
+
+@pytest.mark.parametrize(("threads", "rests"), [(1, 5), (2, 10)])
+def test_a_pool_that_spins_is_waited_for(monkeypatch, threads, rests):
+    runtime = Cached({"a": 1.0, "b": 1.0}, needed=0)
+    runtime.timed(5, monkeypatch, threads)
+    assert runtime.rests == rests
 
 
 def largest(target: Target, bits: int | None, folder: Path) -> tuple[np.ndarray, np.ndarray]:

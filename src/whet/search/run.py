@@ -402,15 +402,15 @@ class Search:
         """The drop of a trial, had its recovery been a long one."""
         if self.task.train is None or trial["final"]:
             return trial["drop"]
+        return trial["drop"] * left_by_longer(self.bounds["drop"][0], self._lengthened())
+
+    def _lengthened(self) -> list[tuple[float, float]]:
+        """Drops after a short recovery, and after a long one; one that was not made is expected."""
         cut = [t for t in self.trials if t["offers"]]
-        short = {str(t["offers"]): t["drop"] for t in cut if not t["final"]}
-        rate = slope([(t["deviation"], t["drop"]) for t in cut if not t["final"]])
-        known = [
-            (short.get(str(t["offers"]), rate * t["deviation"]), t["drop"])
-            for t in cut
-            if t["final"]
-        ]
-        return trial["drop"] * left_by_longer(self.bounds["drop"][0], known)
+        short, long = ([t for t in cut if t["final"] is final] for final in (False, True))
+        rate = slope([(t["deviation"], t["drop"]) for t in short])
+        known = {str(t["offers"]): t["drop"] for t in short}
+        return [(known.get(str(t["offers"]), rate * t["deviation"]), t["drop"]) for t in long]
 
     def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""

@@ -74,9 +74,8 @@ def clock(target: Target, job: dict[str, Any], inputs: list[np.ndarray]) -> dict
         session.run(inputs)
     rounds: list[list[list[float]]] = [[] for _ in sessions]
     for done in range(job["rounds"]):
-        time.sleep(REST_SECONDS)
-        for k in turn(len(sessions), done):
-            if job["threads"] > 1:
+        for place, k in enumerate(turn(len(sessions), done)):
+            if job["threads"] > 1 or place == 0:
                 time.sleep(REST_SECONDS)
             warm_up(sessions[k], inputs)
             rounds[k].append([called(sessions[k], inputs) for _ in range(job["calls"])])

@@ -12,7 +12,7 @@ Needs: training data with integer labels. Costs: nothing; the teacher is asked a
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -23,6 +23,8 @@ from whet.rungs.teaching import LogitTechnique
 
 class LabelSmoothing(LogitTechnique):
     """Cross-entropy against softened labels."""
+
+    control: ClassVar[bool] = True
 
     labels: Annotated[float, Field(ge=0, le=1e6, description="weight of the task's own loss")] = 0.0
     epsilon: Annotated[float, Field(ge=0, lt=1, description="share of the other classes")] = 0.1
