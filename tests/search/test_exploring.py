@@ -171,6 +171,19 @@ def test_what_longer_recoveries_leave_is_learnt_from_those_that_were_made(explor
     assert strongest - found[-1] <= 1 < found[-1] - found[0]
 
 
+def test_what_is_milder_than_a_plan_within_the_limit_is_not_recovered_for_long(explored: Any):
+    within = 0
+    for trial in explored(0.24, 0.0, 0, finals=4, gain=1.6):
+        assert len(trial["offers"]) > within or not trial["final"]
+        if trial["drop"] <= LIMIT:
+            within = max(within, len(trial["offers"]))
+    assert within > 6
+
+
+def test_a_long_recovery_that_undoes_all_leaves_a_share_all_the_same():
+    assert run.left_by_longer(LIMIT, [(0.02, -0.01)]) == run.LEAST_DROP
+
+
 @pytest.mark.parametrize("known", [[], [(0.008, 0.004)], [(0.006, 0.004), (0.01, 0.006)]])
 def test_the_share_that_a_longer_recovery_leaves_has_the_least_squares(known: Any):
     pairs = [(LIMIT, LIMIT / run.GAIN), *known]

@@ -402,15 +402,11 @@ class Search:
         """The drop of a trial, had its recovery been a long one."""
         if self.task.train is None or trial["final"]:
             return trial["drop"]
-        return trial["drop"] * left_by_longer(self.bounds["drop"][0], self._lengthened())
-
-    def _lengthened(self) -> list[tuple[float, float]]:
-        """Drops after a short recovery, and after a long one; one that was not made is expected."""
         cut = [t for t in self.trials if t["offers"]]
         short, long = ([t for t in cut if t["final"] is final] for final in (False, True))
         rate = slope([(t["deviation"], t["drop"]) for t in short])
-        known = {str(t["offers"]): t["drop"] for t in short}
-        return [(known.get(str(t["offers"]), rate * t["deviation"]), t["drop"]) for t in long]
+        known = [(rate * t["deviation"], t["drop"]) for t in long]
+        return trial["drop"] * left_by_longer(self.bounds["drop"][0], known)
 
     def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""
@@ -569,7 +565,7 @@ def left_by_longer(limit: float, known: Sequence[tuple[float, float]]) -> float:
 
     Args:
         limit: a drop.
-        known: pairs (drop after a short recovery, after a long one of the same plan).
+        known: pairs (drop that is expected after a short recovery, that after a long one).
     """
     return max(slope([(limit, limit / GAIN), *known]), LEAST_DROP)
 
