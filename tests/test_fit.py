@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from whet.errors import BadInput
-from whet.fit import Schedule, finite, fit, rate, widened
+from whet.fit import Schedule, finite, fit, quick, rate, widened
 from whet.task import ACCURACY, evaluate
 from whet.testing import tiny_task
 
@@ -245,6 +245,36 @@ def test_every_precision_trains_in_float32_weights(precision):
     model, _, task = trained(Schedule(epochs=1, lr=0.1, precision=precision))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert not torch.equal(weights(model), weights(task.model))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("stride", [2, (1, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_see_padding_alone_have_no_gradient_in_bf16(dtype, stride, named):
+    # on AMX these gradients are left as the memory was found, here full of NaN
+    weight = torch.randn(16, 8, 3, 3, requires_grad=True)
+    maps = torch.ones(4, 8, 1, 1, dtype=dtype)
+    with quick(True, torch.device("cpu")):
+        given = {"bias": None, "stride": stride, "padding": 1}
+        out = (
+            F.conv2d(input=maps, weight=weight, **given)
+            if named
+            else F.conv2d(maps, weight, *given.values())
+        )
+        assert out.dtype == torch.float32
+        junk = [torch.full((weight.numel() // k,), math.nan) for k in (1, 2) for _ in range(50)]
+        del junk
+        out.sum().backward()
+    expected = torch.zeros_like(weight)
+    expected[:, :, 1, 1] = len(maps)
+    assert torch.equal(weight.grad, expected)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_maps_as_wide_as_the_stride_are_convolved_in_bf16(width):
+    conv = nn.Conv2d(3, 4, 3, stride=width, padding=1)
+    with quick(True, torch.device("cpu")):
+        assert conv(torch.ones(1, 3, 1, width)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from whet.errors import BadInput
 from whet.task import Batches, as_arguments, count, each_tensor, tensors_in
@@ -60,9 +62,45 @@ def bfloat16_pays(device: torch.device) -> bool:
     return device.type == "cpu" and own
 
 
-def quick(low: bool, device: torch.device) -> torch.autocast:
-    """Autocast to bf16 where `low`."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=low)
+@contextmanager
+def quick(low: bool, device: torch.device) -> Iterator[None]:
+    """Autocast to bf16 where `low`, but for the convolutions that a processor gets wrong in it."""
+    exact = _NarrowMaps() if low and device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=low), exact:
+        yield
+
+
+class _NarrowMaps(TorchFunctionMode):
+    """Convolutions of maps narrower than their stride stay in float32.
+
+    In bf16 on AMX, oneDNN 3.x leaves the gradient of those of their weights that see padding alone
+    as it found the memory: NaN or 1e35 (PyTorch 2.13; stride 2 on a map of 1x1 is enough).
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _CONVOLUTIONS:
+            return func(*args, **kwargs)
+        given = dict(zip(("input", "weight", "bias", "stride"), args, strict=False)) | kwargs
+        stride = given.get("stride", 1)
+        if given["input"].shape[-1] >= (stride if isinstance(stride, int) else stride[-1]):
+            return func(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False):
+            return func(*each_tensor(args, _float32), **each_tensor(kwargs, _float32))
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
+_CONVOLUTIONS = frozenset(
+    (
+        *(F.conv1d, F.conv2d, F.conv3d),
+        *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+    )
+)
 
 
 def _optimizer(model: nn.Module, schedule: Schedule) -> torch.optim.Optimizer:
