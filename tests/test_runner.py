@@ -528,9 +528,25 @@ def test_regression_without_training_data_in_batches_of_four():
     }  # fmt: skip
     worse = after["metric"]["value"] - before["metric"]["value"]
     assert found.readings["ratios"]["drop"] == pytest.approx(worse)
+    assert found.readings["ratios"]["drop_error"] is None  # of one batch
     assert found.readings["gate"]["examples"] == 19
     assert found.met
     assert found.readings["signature"]["batch"] == 4
+
+
+def test_the_drop_has_a_standard_error_from_the_deployed_files():
+    task = tiny_task("plain_cnn")
+    found = whet.apply(Recipe.parse("steps: [{L1Filters: {amount: 0.75}}]"), task, **QUICK)
+    with torch.no_grad():
+        nets = task.model.eval(), found.model.eval()
+        right = [
+            [float((net(x).argmax(1) == y).float().mean()) for net in nets]
+            for x, y in task.final()[1]
+        ]
+    d = torch.tensor([before - after for before, after in right], dtype=torch.float64)
+    want = float(d.std()) / len(d) ** 0.5
+    assert want > 0
+    assert found.readings["ratios"]["drop_error"] == pytest.approx(want)
 
 
 def test_the_report_says_what_zeros_are_worth_in_the_target():

@@ -537,7 +537,7 @@ class _Run:
             "original": before,
             "compressed": after,
             "others": self._others(times),
-            "ratios": self._ratios(before, after, ratio),
+            "ratios": self._ratios(before, after, ratio, file),
             "start": start,
             "steps": steps,
             "layers": self._layers(model, file, net),
@@ -649,7 +649,7 @@ class _Run:
         return said | cost.totals(model, self.task.example) | {"latency_ms": timing.summary()}
 
     def _ratios(
-        self, before: dict[str, Any], after: dict[str, Any], ratio: dict[str, Any]
+        self, before: dict[str, Any], after: dict[str, Any], ratio: dict[str, Any], file: Path
     ) -> dict[str, Any]:
         ratios: dict[str, Any] = {"latency": ratio}
         for key in ("bytes", "bytes_packed", "params", "macs", "memory_mb"):
@@ -658,7 +658,14 @@ class _Run:
         if before["metric"] is not None:
             values = before["metric"]["value"], after["metric"]["value"]
             ratios["drop"] = self.task.measure.drop(*values)
+            ratios["drop_error"] = self._drop_error(file)
         return ratios
+
+    def _drop_error(self, file: Path) -> float | None:
+        split, batches = self.task.final()
+        assert batches is not None
+        pair = [self._measured(each, split, batches) for each in (self.original, file)]
+        return quality.standard_error(*pair)
 
     def _layers(self, model: nn.Module, file: Path, net: Lowered) -> list[dict[str, Any]]:
         old, new = (cost.layers(m, self.task.example) for m in (self.parent, model))

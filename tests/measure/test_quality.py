@@ -1,5 +1,6 @@
 """Metrics on the deployed file, and the gate that compares it with PyTorch."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,50 @@ def test_metric_of_nested_outputs_with_a_last_partial_batch(
     with torch.no_grad():
         want = float(metric.measure(model(X[:5]), torch.arange(5.0)))
     assert few.value == pytest.approx(want, abs=1e-5)
+
+
+def read(*batches: tuple[int, float]) -> quality.Reading:
+    return quality.Reading(batches, 0.0, {})
+
+
+def test_the_metric_of_batches_is_a_mean_over_examples():
+    assert read((30, 0.5), (10, 0.9)).value == pytest.approx(0.6)
+    assert read((30, 0.5), (10, 0.9)).examples == 40
+    assert read().value == 0.0
+
+
+def test_the_standard_error_of_a_difference_is_that_of_its_mean_over_batches():
+    before, after = read((8, 0.9), (8, 0.7), (8, 0.8)), read((8, 0.8), (8, 0.7), (8, 0.5))
+    d = np.array([-0.1, 0.0, -0.3])
+    want = d.std(ddof=1) / math.sqrt(3)
+    assert quality.standard_error(before, after) == pytest.approx(want)
+    # what one batch has four times as many examples of counts so much more
+    uneven = quality.standard_error(read((4, 0.0), (1, 0.0)), read((4, 1.0), (1, 0.0)))
+    assert uneven == pytest.approx(math.sqrt(2 * ((0.8 * 0.2) ** 2 + (0.2 * 0.8) ** 2)))
+
+
+def test_what_is_hard_for_both_is_no_error():
+    before, after = read((8, 0.9), (8, 0.1)), read((8, 0.8), (8, 0.0))
+    assert quality.standard_error(before, after) == pytest.approx(0.0, abs=1e-12)
+    assert quality.standard_error(before, before) == 0.0
+
+
+def test_one_batch_says_nothing_of_the_error():
+    assert quality.standard_error(read((100, 0.9)), read((100, 0.8))) is None
+
+
+def test_the_standard_error_is_that_of_other_examples():
+    chance = np.random.default_rng(0)
+    drops, squares = [], []
+    for _ in range(400):  # networks of which 90 and 88 % are right, seldom apart, on new examples
+        hard = chance.random(1000)
+        right = np.stack([hard < 0.9, hard + 0.02 * chance.standard_normal(1000) < 0.88], 1)
+        before, after = (
+            read(*[(50, float(part.mean())) for part in np.split(column, 20)]) for column in right.T
+        )
+        drops.append(before.value - after.value)
+        squares.append(quality.standard_error(before, after) ** 2)
+    assert math.sqrt(np.mean(squares)) == pytest.approx(np.std(drops), rel=0.08)
 
 
 def test_gate_passes_what_agrees(model: Two, net: Deployable, tmp_path: Path):

@@ -113,6 +113,24 @@ def test_the_drop_is_worded_in_the_metric_s_unit(metric: Any, drop: Any, expecte
     assert expected in table.headline(report)
 
 
+@pytest.mark.parametrize(
+    ("unit", "error", "expected"),
+    [
+        ("%", 0.0013, "standard error of the change 0.13 pp"),
+        ("mm", 0.25, "standard error of the change 0.25 mm"),
+        ("%", None, ""),
+    ],
+)
+def test_the_change_of_the_metric_has_its_standard_error(
+    unit: str, error: float | None, expected: str
+) -> None:
+    metric = {"name": "accuracy", "value": 0.5, "unit": unit}
+    report = changed(original={"metric": metric}, ratios={"drop": 0.01, "drop_error": error})
+    detail = next(r for r in table.readings(report) if r.label == "Accuracy").detail
+    assert expected in detail
+    assert ("standard error" in detail) is (error is not None)
+
+
 def goals(*met: bool | None) -> list[dict[str, Any]]:
     return [{"name": f"goal{place}", "met": each} for place, each in enumerate(met)]
 

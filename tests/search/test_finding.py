@@ -23,6 +23,22 @@ def test_words_say_what_each_place_got_and_why_not(said):
     assert "Notes" not in words
 
 
+@pytest.mark.parametrize(
+    ("unit", "error", "drop"),
+    [
+        ("%", 0.00123, "+0.20 ± 0.12pp,"),
+        ("", 0.00123, "+0.002 ± 0.0012,"),
+        ("%", None, "+0.20pp,"),
+    ],
+)
+def test_a_drop_is_told_with_its_standard_error(said, unit, error, drop):
+    said["trials"][0] |= {"unit": unit, "drop_error": error}
+    assert f"drop {drop}" in dict(finding.explained(said))["What was tried"][0]
+    assert (
+        "±" not in finding.section(said)[finding.section(said).index("<text") :].split("</text>")[0]
+    )
+
+
 def test_techniques_with_one_reason_share_a_line(said):
     said["techniques"] |= {"Cp": "slow"}
     assert "Svd, Cp: slow." in dict(finding.explained(said))["Techniques that were turned down"]

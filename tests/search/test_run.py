@@ -100,6 +100,24 @@ def test_what_no_trial_meets_is_told_with_the_nearest():
     assert search._nearest(search.trials[-1]) == []
 
 
+@pytest.mark.parametrize(
+    ("drop", "error", "told"),
+    [
+        (0.009, 0.002, True),
+        (0.01, 0.002, True),
+        (0.007, 0.002, False),
+        (0.012, 0.002, False),  # over the limit, which is told anyway
+        (0.009, None, False),
+    ],
+)
+def test_a_drop_within_its_error_of_the_limit_is_told(drop, error, told):
+    search = run.Search.__new__(run.Search)
+    search.bounds = Goals(drop="1pp").limits()
+    assert bool(search._unsure({"drop": drop, "drop_error": error})) is told
+    search.bounds = Goals(macs="0.5x").limits()
+    assert search._unsure({"drop": drop, "drop_error": error}) == []
+
+
 class Counted:
     """Batches that count how often they were read to the end."""
 

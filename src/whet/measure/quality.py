@@ -31,16 +31,50 @@ class Reading:
     """The metric of a deployed file.
 
     Args:
-        value: the metric.
-        examples: how many.
+        batches: of each batch, how many examples and their metric.
         memory_mb: the most memory the runtime took above what it held before loading.
         kernels: what the runtime ran.
     """
 
-    value: float
-    examples: int
+    batches: tuple[tuple[int, float], ...]
     memory_mb: float
     kernels: dict[str, int]
+
+    @property
+    def examples(self) -> int:
+        """How many."""
+        return sum(size for size, _ in self.batches)
+
+    @property
+    def value(self) -> float:
+        """The metric, a mean over the examples."""
+        return sum(size * value for size, value in self.batches) / max(self.examples, 1)
+
+
+def standard_error(before: Reading, after: Reading) -> float | None:
+    """Of the difference of two metrics: how far it would be off on other examples like these.
+
+        s^2 = B / (B - 1) sum_b w_b^2 (d_b - d)^2
+
+    d_b is the difference on batch b of B, w_b its share of the examples and d = sum_b w_b d_b. What
+    both networks find hard or easy does not count.
+
+    Args:
+        before: of one file.
+        after: of another, on the same batches.
+
+    Returns:
+        s; None for a single batch.
+    """
+    B, N = len(before.batches), before.examples
+    if B < 2:
+        return None
+    pairs = list(zip(before.batches, after.batches, strict=True))
+    w = [size / N for (size, _), _ in pairs]
+    d = [new - old for (_, old), (_, new) in pairs]
+    mean = sum(share * each for share, each in zip(w, d, strict=True))
+    squares = sum((share * (each - mean)) ** 2 for share, each in zip(w, d, strict=True))
+    return math.sqrt(B / (B - 1) * squares)
 
 
 def nest(outputs: list[np.ndarray], like: Any) -> Any:
@@ -96,7 +130,8 @@ def measure(
         precision: of the runtime.
         examples: how many at most; None for all.
     """
-    total, seen, memory, kernels = 0.0, 0, 0.0, {}
+    found: list[tuple[int, float]] = []
+    memory, kernels = 0.0, {}
     for chunk in _chunks(batches, examples):
         columns = zip(*[as_arrays(as_arguments(x)) for x, _ in chunk], strict=True)
         arrays = [np.concatenate(column) for column in columns]
@@ -113,9 +148,9 @@ def measure(
         for inputs, labels in chunk:
             size = batch_size(inputs)
             outputs = nest([y[start : start + size] for y in result.outputs], like)
-            total += float(metric.measure(outputs, labels)) * size
-            seen, start = seen + size, start + size
-    return Reading(total / max(seen, 1), seen, memory, kernels)
+            found.append((size, float(metric.measure(outputs, labels))))
+            start += size
+    return Reading(tuple(found), memory, kernels)
 
 
 @torch.no_grad()

@@ -91,8 +91,13 @@ def _trial(number: int, trial: Mapping[str, Any]) -> str:
     return f"{number}. {what}: drop {_drop(trial)}, {costs}{taken}."
 
 
-def _drop(found: Mapping[str, Any]) -> str:
-    return f"{100 * found['drop']:+.2f}pp" if found["unit"] == "%" else f"{found['drop']:+.4g}"
+def _drop(trial: Mapping[str, Any], error: bool = True) -> str:
+    """The drop, "+0.38 ± 0.12pp" where its standard error is known and wanted."""
+    percent, off = trial["unit"] == "%", trial.get("drop_error")
+    said = f"{100 * trial['drop']:+.2f}" if percent else f"{trial['drop']:+.4g}"
+    if error and off is not None:
+        said += f" ± {100 * off:.2f}" if percent else f" ± {off:.2g}"
+    return f"{said}pp" if percent else said
 
 
 def _predicted(found: Search) -> list[str]:
@@ -211,7 +216,7 @@ def _picture(found: Search) -> str:
         for x in dict.fromkeys((ends[0], ends[-1]))
     ]
     texts += [
-        f'<text x="2" y="{up(t["drop"]) + 4:.1f}">{escape(_drop(t))}</text>'
+        f'<text x="2" y="{up(t["drop"]) + 4:.1f}">{escape(_drop(t, error=False))}</text>'
         for t in (drops[:1] + drops[-1:])[: len(drops)]
     ]
     base = HEIGHT - EDGE + 8

@@ -185,18 +185,23 @@ def change(ratio: object, less: str, more: str, same: str) -> tuple[str, str]:
 
 def drop(report: Report, points: str = "pp") -> tuple[str, str]:
     """What happened to the metric in words ("0.40 pp less accurate") and its tone."""
-    name, unit = metric_name(report), dig(report, "original", "metric", "unit") or ""
-    found = number(dig(report, "ratios", "drop"))
+    name, found = metric_name(report), number(dig(report, "ratios", "drop"))
     if found is None:
         return f"{name} {MISSING}", "unknown"
-    amount = f"{abs(found) * 100:.2f}" if unit == "%" else figure(abs(found))
-    if float(amount.replace(",", "")) == 0:
+    much = amount(report, abs(found), points)
+    if float(much.split()[0].replace(",", "")) == 0:
         return f"{name} unchanged", "flat"
-    amount = f"{amount} {points if unit == '%' else unit}".rstrip()
     tone = "flat" if found > 0 else "good"
     if name == "accuracy":
-        return f"{amount} {'less' if found > 0 else 'more'} accurate", tone
-    return f"{name} {amount} {'worse' if found > 0 else 'better'}", tone
+        return f"{much} {'less' if found > 0 else 'more'} accurate", tone
+    return f"{name} {much} {'worse' if found > 0 else 'better'}", tone
+
+
+def amount(report: Report, change: float, points: str = "pp") -> str:
+    """A difference of two values of the metric: "0.40 pp", or four digits and the unit."""
+    unit = dig(report, "original", "metric", "unit") or ""
+    digits = f"{change * 100:.2f}" if unit == "%" else figure(change)
+    return f"{digits} {points if unit == '%' else unit}".rstrip()
 
 
 def goal_state(goal: object) -> tuple[str, str]:
@@ -283,6 +288,8 @@ def _metric(report: Report) -> Reading:
     detail += [] if number(examples) is None else [f"{examples:,} examples"]
     if dig(metrics[0], "better") == "lower":
         detail.append("lower is better")
+    error = number(dig(report, "ratios", "drop_error"))
+    detail += [] if error is None else [f"standard error of the change {amount(report, error)}"]
     name = metric_name(report)
     words = metric_words(report)
     return Reading(capital(name), before, after, words, *drop(report), ", ".join(detail))

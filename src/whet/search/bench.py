@@ -294,6 +294,7 @@ class Bench:
         return {
             "folder": folder.name,
             "drop": ratios["drop"],
+            "drop_error": ratios["drop_error"],
             "latency": ratios["latency"]["value"],
             "size": ratios["bytes"],
             "macs": ratios["macs"],

@@ -183,7 +183,7 @@ class Search:
             for trial, ratio in zip(self.trials, self.bench.together(self.trials), strict=True):
                 trial["latency"] = ratio
         best = min(self.trials, key=self._rank)
-        self.notes += self._nearest(best)
+        self.notes += self._nearest(best) + self._unsure(best)
         said = self._said(menu, best)
         chosen = read_result(self.task, self.home / best["folder"])
         options = self.bench.options(best["target"])
@@ -477,6 +477,18 @@ class Search:
             figures = ", ".join(self._figure(each, trial) for each in names)
             found.append(f"no trial meets all limits; nearest in {name} is {place}: {figures}.")
         return found
+
+    def _unsure(self, best: Mapping[str, Any]) -> list[str]:
+        """Whether other data may say that the best trial is over the limit of the drop."""
+        if "drop" not in self.bounds or best["drop_error"] is None:
+            return []
+        room = self.bounds["drop"][0] - best["drop"]
+        if not 0 <= room < best["drop_error"]:
+            return []
+        return [
+            "its drop is less than a standard error below the limit: other data may put it over. "
+            "Where that is too much, --pick a milder trial, or give more validation data."
+        ]
 
     def _unreachable(self, limits: Mapping[str, float], error: solve.Unreachable) -> BadInput:
         near = ", ".join(f"{n} {v:.3g}x" for n, v in error.costs.items())
