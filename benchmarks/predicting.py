@@ -49,7 +49,7 @@ def main() -> None:
         goals, time = settings.goals, duration(options.time)
         wish = Wish(goals, "latency", 1, 0, 1.0, time, None, tuple(FINISHES))
         search = Search(task, wish, settings, workers)
-        menu, costs = search.offered()
+        [menu], costs = search.offered()
         print(f"{search.way}, {len(costs.profiles)} networks timed")
         print("| places | MACs | latency, predicted | measured |\n|---|---|---|---|", flush=True)
         found: list[tuple[float, float]] = []

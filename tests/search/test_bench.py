@@ -25,7 +25,7 @@ from whet.search.bench import (
     Bench,
     Way,
 )
-from whet.search.lessons import PLACES
+from whet.search.lessons import MENUS, PLACES, WHOLE
 from whet.search.menu import Attempt, Menu, Offer, counts
 from whet.search.plan import Plan
 from whet.search.steering import FIRST
@@ -161,24 +161,26 @@ def test_a_lesson_is_a_short_training_behind_a_step(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.catalog, "technique", tell)
     found = small(tmp_path)
     attempt = Attempt.on(found.task, [], 0)
+    found.known = attempt.known
     half = L1Filters(amount=0.5, multiple_of=2, calibrate=64)
     cut = attempt(half)["deviation"]
-    after = found._lesson(attempt.known, half)
+    after = found.lesson([half])
     assert after != cut and after >= 0.0
-    assert found._lesson(attempt.known, half) == after
+    assert found.lesson([half]) == after
     assert epochs == [LESSON / len(found.task.train)]
 
 
-@pytest.mark.parametrize(("pace", "steps"), [(0.001, LESSON), (0.09, 10), (1e3, 1)])
+@pytest.mark.parametrize(("pace", "steps"), [(0.001, LESSON), (0.09, 9), (1e3, 1)])
 def test_lessons_of_a_slow_network_are_shorter(at, monkeypatch, pace, steps):
     found, _ = at
     lengths, make = [], bench.catalog.technique
     tell = lambda name, knobs: lengths.append(knobs["epochs"]) or make(name, knobs)  # noqa: E731
     monkeypatch.setattr(bench.catalog, "technique", tell)
     found.rows.get(f"pace {found.network}", lambda: pace)
-    found._lesson(Attempt.on(found.task, [], 0).known, L1Filters(amount=0.5))
+    found.known = Attempt.on(found.task, [], 0).known
+    found.lesson([L1Filters(amount=0.5)])
     assert [length * len(found.task.train) for length in lengths] == [pytest.approx(steps)]
-    lessons = 1 + FAMILIES + PLACES
+    lessons = 1 + FAMILIES + PLACES + MENUS * WHOLE
     assert lessons * steps * pace <= max(LESSONS * 100.0, lessons * pace)
 
 
@@ -266,8 +268,8 @@ def test_a_lesson_may_be_behind_a_step_that_looks_at_validation_data(tmp_path):
     """Half of the blocks are those that cost least on it."""
     found = small(tmp_path)
     found.task = tiny_task("transformer")
-    known = Attempt.on(found.task, [], 0).known
-    assert found._lesson(known, DropBlocks(amount=0.5)) != found._lesson(known, None)
+    found.known = Attempt.on(found.task, [], 0).known
+    assert found.lesson([DropBlocks(amount=0.5)]) != found.lesson([])
 
 
 def test_a_recovery_is_judged_as_tries_are(tmp_path, monkeypatch):
@@ -284,16 +286,18 @@ def test_the_training_of_a_lesson_does_not_look_at_validation_data(tmp_path, mon
         bench, "_attempt", lambda step, work: seen.append((step.name, work.task.validation))
     )
     found = small(tmp_path)
-    found._lesson(Attempt.on(found.task, [], 0).known, L1Filters(amount=0.5))
+    found.known = Attempt.on(found.task, [], 0).known
+    found.lesson([L1Filters(amount=0.5)])
     assert seen == [("L1Filters", found.task.validation), ("Distill", None)]
 
 
 def test_what_is_never_trained_is_taught_nothing(tmp_path, monkeypatch):
     taught = []
-    monkeypatch.setattr(bench, "taught", lambda menu, *_: taught.append(menu) or menu)
+    monkeypatch.setattr(bench, "taught", lambda menu, *_: taught.append(menu) or [menu, menu])
     for train in (True, False):
         found = small(tmp_path)
         found.wish = replace(found.wish, techniques=["L1Filters"])
         found.task = found.task if train else replace(found.task, train=None)
-        assert found.menu({"macs"}, [], WAY, timed=False).offers
+        menus = found.menus({"macs"}, [], WAY, timed=False)
+        assert len(menus) == 1 + train and menus[0].offers
         assert len(taught) == 1

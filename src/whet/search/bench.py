@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from whet.engine import Engine
 from whet.errors import Disagrees, Refused, TargetFailed
 from whet.measure import latency
 from whet.recipe import Recipe
-from whet.rungs.sensitivity import Answers, answers, deviation
+from whet.rungs.sensitivity import answers, deviation
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
-from whet.search.lessons import PLACES, taught
+from whet.search.lessons import MENUS, PLACES, WHOLE, left, taught
 from whet.search.menu import Attempt, Menu, Tries, counts, draw, few
 from whet.search.plan import Plan
 from whet.search.steering import FIRST, steered
@@ -44,7 +44,7 @@ TRYING = 0.15  # of the time is for tries
 PATIENCE = 1800.0  # seconds for tries, where no time is given
 STEPS = 8  # to learn what a training step costs
 LESSON = 30  # training steps that say what share of a deviation stays
-LESSONS, FAMILIES = 0.1, 4  # of the time, at most; about how many techniques share it with places
+LESSONS, FAMILIES = 0.15, 4  # of the time, at most; about how many techniques share it with places
 STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
 JUDGED = 5000  # validation examples whose answers judge one
@@ -87,8 +87,8 @@ class Bench:
         self.proofs: dict[Way, float] = {}  # seconds of a trial without a recovery
         self.timed: dict[str, Profile] = {}
 
-    def menu(self, wanted: set[str], targets: list[Target], way: Way, timed: bool) -> Menu:
-        """Every option alone: see `menu.draw`.
+    def menus(self, wanted: set[str], targets: list[Target], way: Way, timed: bool) -> list[Menu]:
+        """Every option alone: see `menu.draw`; and once more as `lessons.taught` weighs them.
 
         Args:
             wanted: costs that are to fall, "macs" or "bytes".
@@ -101,14 +101,17 @@ class Bench:
         clock = (lambda step: self._faster([step], way)) if timed else None
         tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell, clock)
         menu = draw(tries, wanted, self.wish.techniques, finishing(way.finish))
-        if self.task.train is None:
-            return menu
-        return taught(menu, tries, partial(self._lesson, attempt.known))
+        self.known = attempt.known
+        return [menu] if self.task.train is None else taught(menu, tries, self.lesson)
 
-    def _lesson(self, known: Answers, step: Technique | None) -> float:
-        """The deviation after a step, if there is one, and a short training."""
+    def left(self, plan: Plan) -> float:
+        """What a short training leaves of a plan, but for what it makes of the network itself."""
+        steps = [step.model_copy(update=few(type(step))) for step in plans.steps(plan.offers)]
+        return left(self.lesson(steps), self.lesson([]))
+
+    def lesson(self, steps: Sequence[Technique]) -> float:
+        """The deviation after these steps and a short training."""
         batches = len(self.task.train)  # type: ignore[arg-type]
-        steps = [] if step is None else [step]
 
         def trained(steps: Sequence[Technique], length: int) -> Work:
             runner.seed_all(self.settings.seed, self.task)
@@ -129,10 +132,11 @@ class Bench:
         length = LESSON
         if self.wish.seconds is not None:
             slow = self.rows.get(f"pace {self.network}", pace)
-            lessons = 1 + FAMILIES + PLACES  # one is of the untouched network
+            # one is of the untouched network
+            lessons = 1 + FAMILIES + PLACES + MENUS * WHOLE
             length = max(1, min(LESSON, int(LESSONS * self.wish.seconds / slow / lessons)))
         name = f"lesson {length} {Recipe(steps).yaml()} {self.network}"
-        return self.rows.get(name, lambda: deviation(trained(steps, length).model, known))
+        return self.rows.get(name, lambda: deviation(trained(steps, length).model, self.known))
 
     def profiles(self, menu: Menu, way: Way, timed: bool) -> list[Profile]:
         """All plans timed layer by layer in the runtime: the untouched network, some at random.

@@ -4,17 +4,29 @@
 
 each of t and r a share: what a short training leaves of a deviation, less what it makes of the
 untouched network, over the deviation. It is more than all where training is hard, as it is without
-BatchNorm.
+BatchNorm. Where less is left than a part of what training makes of the untouched network, that
+part stands for it: two trainings differ by as much.
 
 A short training of technique k at half of its strength or less, everywhere, says t_k: what one
 disturbs comes back in a few steps where what another does stays. Trainings after the strongest
 that the most disturbing technique does at a few places say r_p, and lines over depth (of log r)
-what lies between them: what is cut late comes back where what is cut early does not. With m_k all
-that a technique does together leaves t_k.
+what lies between them: what is cut late comes back where what is cut early does not. With m_k,
+summed over what that training of k was behind, all that it does together leaves t_k.
+
+A technique behind which a training destroys what the technique had left is turned down.
+
+Which deviations tell plans apart, those of the tries or these, is seen from whole plans of either,
+each trained as shortly: without its blocks a residual network does not come back from what each of
+them alone does. What plans leave together of the sum S of their offers follows
+
+    L = a S^b
+
+b = 1 where offers do not know of each other, and more where one can stand for another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,69 +35,151 @@ import numpy as np
 
 from whet import catalog
 from whet.search.menu import Menu, Offer, Tries, depth_of, half, spread, tried
+from whet.search.plan import Plan
 from whet.technique import Technique
 
 PLACES = 6  # that are trained at, whatever the depth
 DESTROYED = 0.5  # of a network that deviates by more a few steps bring nothing back
-LEAST = 1e-3  # of a share: less was not measured
+NOISE = 0.25  # of what a training makes of the untouched network: less was not measured
+LEAST = 1e-3  # of a share
+MENUS, WHOLE = 2, 3  # and plans of each, that are trained
+STEEPEST = 3.0
+TINY = 1e-9  # has a logarithm
 
 
-def taught(menu: Menu, tries: Tries, lesson: Callable[[Technique | None], float]) -> Menu:
-    """The menu with every deviation times the share that a recovery leaves of it.
+def taught(menu: Menu, tries: Tries, lesson: Callable[[Sequence[Technique]], float]) -> list[Menu]:
+    """The menu without what cannot be trained, and with all times the share that a recovery leaves.
 
     Args:
         menu: with deviations as they were tried.
         tries: that it was drawn from.
-        lesson: the deviation after a step, None for none, and a short training.
+        lesson: the deviation after some steps and a short training.
+
+    Returns:
+        With deviations as they were tried, and with what is left of them.
     """
     places: dict[str, dict[str, Sequence[Offer]]] = {}
     for (name, place), offers in menu.offers.items():
         places.setdefault(name, {})[place] = offers
     if not places:
-        return menu
-    depth, floor = depth_of(menu.base), lesson(None)
+        return [menu]
+    depth, floor = depth_of(menu.base), lesson([])
     guide = max(places.values(), key=lambda offered: sum(o[-1].deviation for o in offered.values()))
     at = spread(sorted(guide, key=depth), PLACES)
-    left = []
+    stays = []
     for done, place in enumerate(at):
         tries.tell(f"train after a cut at {place}", done, len(at))
         strongest = guide[place][-1]
-        left.append(share(strongest.deviation, lesson(strongest.option.technique), floor))
+        stays.append(share(strongest.deviation, lesson([strongest.option.technique]), floor))
     found: dict[tuple[str, str], list[Offer]] = {}
+    verdicts = dict(menu.verdicts)
     for done, (name, offered) in enumerate(places.items()):
         tries.tell(f"train after {name}", done, len(places))
-        everywhere, said = _bearable(catalog.techniques()[name], tries)
-        together = share(said["deviation"], lesson(everywhere), floor)
-        some = {place: offers[len(offers) // 2].deviation for place, offers in offered.items()}
-        lines = np.interp([depth(p) for p in offered], [depth(p) for p in at], np.log(left))
+        everywhere, said, value = _bearable(catalog.techniques()[name], tries)
+        before, after = said["deviation"], lesson([everywhere])
+        if before <= DESTROYED < after:
+            verdicts[name] = f"a short training behind it makes {after:.2g} of {before:.2g}"
+            continue
+        together = share(before, after, floor)
+        some = _of_rung(offered, value)
+        lines = np.interp([depth(p) for p in offered], [depth(p) for p in at], np.log(stays))
         each = spread_over(together, some, dict(zip(offered, np.exp(lines), strict=True)))
         for place, offers in offered.items():
             found[name, place] = [
                 replace(offer, deviation=offer.deviation * each[place]) for offer in offers
             ]
-    return replace(menu, offers=found)
+    plain = {key: offers for key, offers in menu.offers.items() if key in found}
+    return [replace(menu, offers=each, verdicts=verdicts) for each in (plain, found)]
 
 
-def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Mapping[str, Any]]:
-    """Half of its strength everywhere; where that leaves nothing to recover, the mildest."""
+def settled(
+    menus: Sequence[Menu],
+    path: Callable[[Menu, float], Plan | None],
+    left: Callable[[Plan], float],
+    room: float,
+) -> Menu:
+    """The menu whose plans leave least, with the law of what they leave together.
+
+    Args:
+        menus: of the same offers, with other deviations.
+        path: a menu's plan, from the mildest at 0 to the strongest at 1; None where there is none.
+        left: what a short training leaves of a plan.
+        room: that plans of interest leave about.
+    """
+    known: list[list[tuple[float, float]]] = [[] for _ in menus]
+    at, step = 0.5, 0.25
+    for _ in range(WHOLE):
+        chosen, least = [path(menu, at) for menu in menus], math.inf
+        for points, plan in zip(known, chosen, strict=True):
+            if plan is not None and all(chosen):
+                points.append((sum(offer.deviation for offer in plan.offers), left(plan)))
+                least = min(least, points[-1][1])
+        at, step = at + (step if least <= room else -step), step / 2
+    best = min(range(len(menus)), key=lambda k: sum(math.log(after) for _, after in known[k]))
+    return replace(menus[best], law=law(known[best]))
+
+
+def law(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """a and b of L = a S^b: the least squares of logarithms, b from 1 to STEEPEST.
+
+    What leaves more than something stronger does not count: it broke by itself.
+    """
+    good = [(s, after) for s, after in points if s > 0 and after <= _stronger(points, s)]
+    if not good:
+        return 1.0, 1.0
+    x, y = np.log(good).T
+    spread = float(((x - x.mean()) ** 2).sum())
+    b = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 1.0
+    b = min(max(b, 1.0), STEEPEST)
+    return math.exp(float(y.mean() - b * x.mean())), b
+
+
+def _stronger(points: Sequence[tuple[float, float]], s: float) -> float:
+    """The least that anything stronger leaves."""
+    return min((after for other, after in points if other > s), default=math.inf)
+
+
+def _of_rung(offered: Mapping[str, Sequence[Offer]], value: Any) -> dict[str, float]:
+    """What a rung deviates by at each place that has it; of what has no such rung, the middle."""
+    some = {
+        place: offer.deviation
+        for place, offers in offered.items()
+        for offer in offers
+        if offer.option.value == value
+    }
+    return some or {place: offers[len(offers) // 2].deviation for place, offers in offered.items()}
+
+
+def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Mapping[str, Any], Any]:
+    """Half of its strength everywhere; where that leaves nothing to recover, the mildest.
+
+    Returns:
+        The technique, what was found of it, and its rung.
+    """
     knob, values = next(iter(kind.ladder.items()))
     middle, mild = half(kind), tried(kind, {knob: values[0]})
     [said] = tries.each([middle])
-    if said["deviation"] <= DESTROYED or len(values) == 1:
-        return middle, said
-    [milder] = tries.each([mild])
-    return (middle, said) if milder["refused"] is not None else (mild, milder)
+    if said["deviation"] > DESTROYED and len(values) > 1:
+        [milder] = tries.each([mild])
+        if milder["refused"] is None:
+            return mild, milder, values[0]
+    return middle, said, getattr(middle, knob)
 
 
 def share(before: float, after: float, floor: float) -> float:
     """What a training leaves of a deviation, but for what it makes of the untouched network."""
-    return max((after - floor) / before, LEAST) if before > 0 else 1.0
+    return max(left(after, floor) / before, LEAST) if before > 0 else 1.0
+
+
+def left(after: float, floor: float) -> float:
+    """The deviation after a training, but for what it makes of the untouched network."""
+    return max(after - floor, NOISE * floor, TINY)
 
 
 def spread_over(
     together: float, deviations: Mapping[str, float], left: Mapping[str, float]
 ) -> dict[str, float]:
-    """t r_p / m for each place."""
+    """t r_p / m for each place, m over those of which a deviation is given."""
     whole = sum(deviations.values())
     mean = sum(deviations[p] * left[p] for p in deviations) / whole if whole else 1.0
-    return {place: together * float(left[place]) / float(mean) for place in deviations}
+    return {place: together * float(each) / float(mean) for place, each in left.items()}

@@ -72,11 +72,18 @@ class Menu:
         base: counts of the layers of the network.
         offers: by technique and place, mild to strong.
         verdicts: a technique's name, "taken" or why it was turned down.
+        law: (a, b): what a plan deviates by is a S^b of the sum S of its offers.
     """
 
     base: Mapping[str, Counts]
     offers: dict[tuple[str, str], list[Offer]] = field(default_factory=dict)
     verdicts: dict[str, str] = field(default_factory=dict)
+    law: tuple[float, float] = (1.0, 1.0)
+
+    def together(self, offers: Iterable[Offer]) -> float:
+        """What offers deviate by when all of them are carried out."""
+        scale, power = self.law
+        return scale * sum(offer.deviation for offer in offers) ** power
 
 
 def counts(model: nn.Module, example: tuple[Any, ...]) -> dict[str, Counts]:

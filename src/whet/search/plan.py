@@ -2,9 +2,11 @@
 
     min sum L   subject to   cost_m <= limit_m
 
-is a multiple-choice knapsack (`solve`). All that is done at one place is one choice. Costs are not
-quite sums, since one layer's time depends on what is done on both of its sides: limits are lowered
-to where they are asked for in steps, and costs made linear around the choice of the last.
+is a multiple-choice knapsack (`solve`). What a plan deviates by is more than the sum of its offers
+and grows with it (`Menu.law`), so that the least sum is the best plan all the same. All that is
+done at one place is one choice. Costs are not quite sums, since one layer's time depends on what is
+done on both of its sides: limits are lowered to where they are asked for in steps, and costs made
+linear around the choice of the last.
 What lies in a block that goes has no choice any more: a block and its inside are one group.
 """
 
@@ -37,7 +39,7 @@ class Plan:
 
     Args:
         offers: that were chosen.
-        deviation: the sum of theirs.
+        deviation: theirs together.
         costs: predicted, over the original's.
     """
 
@@ -140,7 +142,7 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
             raise solve.Unreachable(limits, near) from None
         before, current = current, [group[pick] for group, pick in zip(groups, picks, strict=True)]
         chosen = flat(current)
-        plan = Plan(chosen, _disturbs(chosen), costs.predict(chosen))
+        plan = Plan(chosen, menu.together(chosen), costs.predict(chosen))
         over = [name for name, limit in limits.items() if plan.costs[name] > limit * (1 + 1e-6)]
         if not over and (found is None or plan.deviation < found.deviation):
             found, best = plan, current
@@ -150,7 +152,10 @@ def choose(menu: Menu, costs: Costs, limits: Mapping[str, float]) -> Plan:
             tight |= {
                 name: tight[name] * min(CLOSER, limits[name] / plan.costs[name]) for name in over
             }
-    return plan if found is None else _milder(groups, best, costs, limits)
+    if found is None:
+        return plan
+    chosen = _milder(groups, best, costs, limits)
+    return Plan(chosen, menu.together(chosen), costs.predict(chosen))
 
 
 def _milder(
@@ -158,8 +163,8 @@ def _milder(
     current: Sequence[Bundle],
     costs: Costs,
     limits: Mapping[str, float],
-) -> Plan:
-    """The plan, every group in turn at the mildest of what the limits leave room for.
+) -> Bundle:
+    """The choice, every group in turn at the mildest of what the limits leave room for.
 
     Where costs are no sums the solver leaves room. Who can gain most comes first.
     """
@@ -179,8 +184,7 @@ def _milder(
         for k in sorted(range(len(picks)), key=lambda k: -gains[k]):
             if gains[k] > 0:
                 picks[k] = mildest(k)
-    chosen = flat(picks)
-    return Plan(chosen, _disturbs(chosen), costs.predict(chosen))
+    return flat(picks)
 
 
 def _disturbs(bundle: Bundle) -> float:

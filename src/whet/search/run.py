@@ -41,6 +41,7 @@ from whet.runner import Result, Settings
 from whet.search import plan as plans
 from whet.search.bench import TIMES, Bench, Way
 from whet.search.costs import Costs
+from whet.search.lessons import MENUS, WHOLE, settled
 from whet.search.menu import NOTHING, Menu, total
 from whet.search.plan import Plan
 from whet.search.wish import COSTS, FINISHES, Wish, duration, finishing
@@ -177,7 +178,8 @@ class Search:
 
     def result(self) -> Result:
         """Search, choose, prove."""
-        menu, costs = self.offered()
+        menus, costs = self.offered()
+        menu = self._settled(menus, costs)
         self._explore(menu, costs)
         if "latency" in self._costly():
             for trial, ratio in zip(self.trials, self.bench.together(self.trials), strict=True):
@@ -191,10 +193,13 @@ class Search:
         self.bench.tidy()
         return dataclasses.replace(proven, files=proven.files | self._kept())
 
-    def offered(self) -> tuple[Menu, Costs]:
+    def offered(self) -> tuple[list[Menu], Costs]:
         """How plans end, what can be done to the network, and what that costs: all but the plans.
 
         `bench` and `way` are there from then on.
+
+        Returns:
+            The same offers with deviations of one kind or another, and what predicts costs.
         """
         self.task.check()
         targets = runner.targets_of(self.settings.target)
@@ -203,8 +208,34 @@ class Search:
         self.bench = Bench(self.task, self.wish, self.settings, rows, self.engine)
         self.way = self._way(targets)
         wanted, timed = {COSTS[name] for name in self._costly()}, "latency" in self._costly()
-        menu = self.bench.menu(wanted, targets, self.way, timed)
-        return menu, Costs(menu.base, self.bench.profiles(menu, self.way, timed))
+        menus = self.bench.menus(wanted, targets, self.way, timed)
+        profiles = self.bench.profiles(menus[0], self.way, timed)
+        return menus, Costs(menus[0].base, profiles)
+
+    def _settled(self, menus: Sequence[Menu], costs: Costs) -> Menu:
+        """The menu whose deviations say best what a recovery leaves of a plan."""
+        if self.task.train is None or not menus[0].offers:
+            return menus[0]
+        name, limits, high = self.wish.minimize, self._limits(), costs.predict(())
+        done = iter(range(MENUS * WHOLE))
+
+        def path(menu: Menu, at: float) -> Plan | None:
+            goal = dict(limits)
+            if name in COSTS:
+                low = plans.least(menu, costs, name)
+                goal[name] = high[name] * (low / high[name]) ** at
+            try:
+                plan = plans.choose(menu, costs, goal)
+            except solve.Unreachable:
+                return None
+            return plan if plan.offers else None
+
+        def left(plan: Plan) -> float:
+            self._tell("train after whole plans", next(done), MENUS * WHOLE)
+            return self.bench.left(plan)
+
+        room = deviation_of(self.bounds["drop"][0], []) if "drop" in self.bounds else math.inf
+        return settled(menus, path, left, room)
 
     def _costly(self) -> set[str]:
         """The costs that are to fall."""
