@@ -1,19 +1,23 @@
 """What time a search gives to what."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from whet import runner
 from whet.checkpoint import Rows
 from whet.engine import Here
 from whet.errors import TargetFailed
 from whet.measure.goals import Goals
 from whet.measure.latency import Timing
 from whet.probe import Option
+from whet.rungs.sensitivity import answers, deviation
 from whet.runner import Settings
 from whet.search import bench
 from whet.search.bench import (
+    EXAMINED,
     FAMILIES,
     LEAST,
     LESSON,
@@ -26,10 +30,11 @@ from whet.search.bench import (
     Way,
 )
 from whet.search.lessons import MENUS, PLACES, WHOLE
-from whet.search.menu import Attempt, Menu, Offer, counts
+from whet.search.menu import Menu, Offer, counts
 from whet.search.plan import Plan
 from whet.search.steering import FIRST
 from whet.search.wish import Wish
+from whet.technique import Work
 from whet.techniques.prune.dropblocks import DropBlocks
 from whet.techniques.prune.l1filters import L1Filters
 from whet.testing import tiny_task
@@ -160,13 +165,15 @@ def test_a_lesson_is_a_short_training_behind_a_step(tmp_path, monkeypatch):
     tell = lambda name, knobs: epochs.append(knobs["epochs"]) or make(name, knobs)  # noqa: E731
     monkeypatch.setattr(bench.catalog, "technique", tell)
     found = small(tmp_path)
-    attempt = Attempt.on(found.task, [], 0)
-    found.known = attempt.known
     half = L1Filters(amount=0.5, multiple_of=2, calibrate=64)
-    cut = attempt(half)["deviation"]
-    after = found.lesson([half])
-    assert after != cut and after >= 0.0
-    assert found.lesson([half]) == after
+    known = answers(found.task.model, found.task.validation, EXAMINED, found.task.loss)
+    runner.seed_all(0, found.task)
+    cut = Work(copy.deepcopy(found.task.model), found.task.model, found.task)
+    half.apply(cut)
+    before, after = found.lesson([half])
+    assert before == pytest.approx(deviation(cut.model, known))
+    assert after != before and after >= 0.0
+    assert found.lesson([half]) == (before, after)
     assert epochs == [LESSON / len(found.task.train)]
 
 
@@ -177,7 +184,6 @@ def test_lessons_of_a_slow_network_are_shorter(at, monkeypatch, pace, steps):
     tell = lambda name, knobs: lengths.append(knobs["epochs"]) or make(name, knobs)  # noqa: E731
     monkeypatch.setattr(bench.catalog, "technique", tell)
     found.rows.get(f"pace {found.network}", lambda: pace)
-    found.known = Attempt.on(found.task, [], 0).known
     found.lesson([L1Filters(amount=0.5)])
     assert [length * len(found.task.train) for length in lengths] == [pytest.approx(steps)]
     lessons = 1 + FAMILIES + PLACES + MENUS * WHOLE
@@ -268,7 +274,6 @@ def test_a_lesson_may_be_behind_a_step_that_looks_at_validation_data(tmp_path):
     """Half of the blocks are those that cost least on it."""
     found = small(tmp_path)
     found.task = tiny_task("transformer")
-    found.known = Attempt.on(found.task, [], 0).known
     assert found.lesson([DropBlocks(amount=0.5)]) != found.lesson([])
 
 
@@ -286,7 +291,6 @@ def test_the_training_of_a_lesson_does_not_look_at_validation_data(tmp_path, mon
         bench, "_attempt", lambda step, work: seen.append((step.name, work.task.validation))
     )
     found = small(tmp_path)
-    found.known = Attempt.on(found.task, [], 0).known
     found.lesson([L1Filters(amount=0.5)])
     assert seen == [("L1Filters", found.task.validation), ("Distill", None)]
 

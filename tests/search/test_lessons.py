@@ -29,9 +29,19 @@ from whet.techniques.prune.l1filters import L1Filters
 BASE = {f"layer.{k}": (100, 40) for k in range(9)} | {"head": (10, 4)}
 
 
-def taught(menu, tries, lesson):
+def taught(menu, tries, lesson, everywhere=0.5):
     """The menu as lessons weigh it, of lessons behind one step or none."""
-    return both(menu, tries, lambda steps: lesson(steps[0] if steps else None))[-1]
+    return both(menu, tries, lessons(lesson, everywhere))[-1]
+
+
+def lessons(lesson, everywhere=0.5):
+    """What a step disturbs at one place, or everywhere, and what `lesson` says is left."""
+
+    def each(steps):
+        [step] = steps or [None]
+        return 0.4 if step and step.only else everywhere, lesson(step)
+
+    return each
 
 
 FLOOR = 0.02  # a training moves the untouched network too
@@ -79,7 +89,7 @@ def falling(step):
 
 
 def test_what_is_cut_late_counts_less_where_it_comes_back():
-    found, plain = taught(menu(), tries(0.3), falling), menu()
+    found, plain = taught(menu(), tries(), falling, 0.3), menu()
     assert found.offers.keys() == plain.offers.keys()
     for name, whole in (("L1Filters", 0.5), ("Cp", 1.5)):
         mine = {place: offers for (n, place), offers in found.offers.items() if n == name}
@@ -122,7 +132,12 @@ def test_what_disturbs_most_may_have_few_places():
 @pytest.mark.parametrize(("deviation", "amount", "left"), [(0.5, 0.5, 0.3), (1.9, 0.25, 0.3 / 1.9)])
 def test_what_leaves_nothing_to_recover_is_trained_at_its_mildest(deviation, amount, left):
     seen = []
-    found = taught(menu(), tries(deviation), lambda step: seen.append(step) or falling(step))
+    found = taught(
+        menu(),
+        tries(deviation),
+        lambda step: seen.append(step) or falling(step),
+        0.5 if amount == 0.5 else 0.95,  # the mildest has half
+    )
     everywhere = [s.amount for s in seen if s and s.name == "L1Filters" and not s.only]
     assert everywhere == [amount]
     rung = int(amount == 0.5)  # the middle of two rungs, and no place has one of 0.5
@@ -134,7 +149,7 @@ def test_what_a_place_has_no_rung_of_was_no_part_of_the_lesson():
     drawn = menu()
     for k in range(3):  # too few channels for the mildest rung
         drawn.offers["L1Filters", f"layer.{k}"] = [channels(k, 0.75, 4.0)]
-    found = taught(drawn, tries(1.9), falling)
+    found = taught(drawn, tries(1.9), falling, 0.95)
     mild = sum(found.offers["L1Filters", f"layer.{k}"][0].deviation for k in range(3, 9))
     assert mild == pytest.approx(0.3 / 1.9 * 6 * 0.1)
     # but shares of places are the same law for all
@@ -146,14 +161,14 @@ def test_what_a_training_destroys_is_turned_down():
     def broken(step):
         return 2.0 if step and step.name == "Cp" else falling(step)
 
-    plain, found = both(menu(), tries(0.1), lambda steps: broken(steps[0] if steps else None))
+    plain, found = both(menu(), tries(), lessons(broken, 0.1))
     for each in (plain, found):
         assert {name for name, _ in each.offers} == {"L1Filters"}
         assert each.verdicts["Cp"] == "a short training behind it makes 2 of 0.1"
     as_tried = menu().offers
     assert plain.offers == {key: as_tried[key] for key in plain.offers}
     # what was destroyed before is not to blame
-    assert {n for n, _ in taught(menu(), tries(2 * DESTROYED + 0.2), broken).offers} == {
+    assert {n for n, _ in taught(menu(), tries(), broken, DESTROYED + 0.2).offers} == {
         "L1Filters", "Cp",
     }  # fmt: skip
 

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from whet.engine import Engine
 from whet.errors import Disagrees, Refused, TargetFailed
 from whet.measure import latency
 from whet.recipe import Recipe
-from whet.rungs.sensitivity import answers, deviation
+from whet.rungs.sensitivity import Answers, answers, deviation
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
@@ -48,6 +48,7 @@ LESSONS, FAMILIES = 0.15, 4  # of the time, at most; about how many techniques s
 STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
 JUDGED = 5000  # validation examples whose answers judge one
+EXAMINED = 1000  # and what a lesson leaves
 TURNS = 3  # processes that time all trials together
 TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student
 
@@ -101,33 +102,41 @@ class Bench:
         clock = (lambda step: self._faster([step], way)) if timed else None
         tries = Tries(attempt, self.rows, self.engine, patience, self.settings.tell, clock)
         menu = draw(tries, wanted, self.wish.techniques, finishing(way.finish))
-        self.known = attempt.known
         return [menu] if self.task.train is None else taught(menu, tries, self.lesson)
 
     def left(self, plan: Plan) -> float:
         """What a short training leaves of a plan, but for what it makes of the network itself."""
         steps = [step.model_copy(update=few(type(step))) for step in plans.steps(plan.offers)]
-        return left(self.lesson(steps), self.lesson([]))
+        return left(self.lesson(steps)[1], self.lesson([])[1])
 
-    def lesson(self, steps: Sequence[Technique]) -> float:
-        """The deviation after these steps and a short training."""
+    def lesson(self, steps: Sequence[Technique]) -> tuple[float, float]:
+        """The deviation after these steps, and after a short training behind them.
+
+        On validation data: a network moves less on examples that it was trained on.
+        """
         batches = len(self.task.train)  # type: ignore[arg-type]
 
-        def trained(steps: Sequence[Technique], length: int) -> Work:
+        def cut(steps: Sequence[Technique]) -> Work:
             runner.seed_all(self.settings.seed, self.task)
             work = Work(copy.deepcopy(self.task.model), self.task.model, self.task)
             for each in steps:
                 _attempt(each, work)
             # a training that looked at validation data would keep its best weights
-            blind = dataclasses.replace(self.task, validation=None)
-            work = dataclasses.replace(work, task=blind)
+            return dataclasses.replace(work, task=dataclasses.replace(self.task, validation=None))
+
+        def train(work: Work, length: int) -> None:
             _attempt(catalog.technique("Distill", {"epochs": length / batches} | FIRST[1]), work)
-            return work
 
         def pace() -> float:
-            began = time.monotonic()
-            trained([], STEPS)
+            work, began = cut([]), time.monotonic()
+            train(work, STEPS)
             return (time.monotonic() - began) / STEPS
+
+        def measured() -> tuple[float, float]:
+            work = cut(steps)
+            before = deviation(work.model, self.known)
+            train(work, length)
+            return before, deviation(work.model, self.known)
 
         length = LESSON
         if self.wish.seconds is not None:
@@ -135,8 +144,15 @@ class Bench:
             # one is of the untouched network
             lessons = 1 + FAMILIES + PLACES + MENUS * WHOLE
             length = max(1, min(LESSON, int(LESSONS * self.wish.seconds / slow / lessons)))
-        name = f"lesson {length} {Recipe(steps).yaml()} {self.network}"
-        return self.rows.get(name, lambda: deviation(trained(steps, length).model, self.known))
+        before, after = self.rows.get(
+            f"lesson {length} {Recipe(steps).yaml()} {self.network}", measured
+        )
+        return before, after
+
+    @cached_property
+    def known(self) -> Answers:
+        """What the network says to some of the validation data."""
+        return answers(self.task.model, self.task.validation or [], EXAMINED, self.task.loss)
 
     def profiles(self, menu: Menu, way: Way, timed: bool) -> list[Profile]:
         """All plans timed layer by layer in the runtime: the untouched network, some at random.

@@ -45,15 +45,16 @@ LEAST = 1e-3  # of a share
 MENUS, WHOLE = 2, 3  # and plans of each, that are trained
 STEEPEST = 3.0
 TINY = 1e-9  # has a logarithm
+Lesson = Callable[[Sequence[Technique]], tuple[float, float]]
 
 
-def taught(menu: Menu, tries: Tries, lesson: Callable[[Sequence[Technique]], float]) -> list[Menu]:
+def taught(menu: Menu, tries: Tries, lesson: Lesson) -> list[Menu]:
     """The menu without what cannot be trained, and with all times the share that a recovery leaves.
 
     Args:
         menu: with deviations as they were tried.
         tries: that it was drawn from.
-        lesson: the deviation after some steps and a short training.
+        lesson: the deviation after some steps, and after a short training behind them.
 
     Returns:
         With deviations as they were tried, and with what is left of them.
@@ -63,20 +64,19 @@ def taught(menu: Menu, tries: Tries, lesson: Callable[[Sequence[Technique]], flo
         places.setdefault(name, {})[place] = offers
     if not places:
         return [menu]
-    depth, floor = depth_of(menu.base), lesson([])
+    depth, floor = depth_of(menu.base), lesson([])[1]
     guide = max(places.values(), key=lambda offered: sum(o[-1].deviation for o in offered.values()))
     at = spread(sorted(guide, key=depth), PLACES)
     stays = []
     for done, place in enumerate(at):
         tries.tell(f"train after a cut at {place}", done, len(at))
-        strongest = guide[place][-1]
-        stays.append(share(strongest.deviation, lesson([strongest.option.technique]), floor))
+        stays.append(share(*lesson([guide[place][-1].option.technique]), floor))
     found: dict[tuple[str, str], list[Offer]] = {}
     verdicts = dict(menu.verdicts)
     for done, (name, offered) in enumerate(places.items()):
         tries.tell(f"train after {name}", done, len(places))
-        everywhere, said, value = _bearable(catalog.techniques()[name], tries)
-        before, after = said["deviation"], lesson([everywhere])
+        everywhere, value = _bearable(catalog.techniques()[name], tries)
+        before, after = lesson([everywhere])
         if before <= DESTROYED < after:
             verdicts[name] = f"a short training behind it makes {after:.2g} of {before:.2g}"
             continue
@@ -150,11 +150,11 @@ def _of_rung(offered: Mapping[str, Sequence[Offer]], value: Any) -> dict[str, fl
     return some or {place: offers[len(offers) // 2].deviation for place, offers in offered.items()}
 
 
-def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Mapping[str, Any], Any]:
+def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Any]:
     """Half of its strength everywhere; where that leaves nothing to recover, the mildest.
 
     Returns:
-        The technique, what was found of it, and its rung.
+        The technique and its rung.
     """
     knob, values = next(iter(kind.ladder.items()))
     middle, mild = half(kind), tried(kind, {knob: values[0]})
@@ -162,8 +162,8 @@ def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Mapping[s
     if said["deviation"] > DESTROYED and len(values) > 1:
         [milder] = tries.each([mild])
         if milder["refused"] is None:
-            return mild, milder, values[0]
-    return middle, said, getattr(middle, knob)
+            return mild, values[0]
+    return middle, getattr(middle, knob)
 
 
 def share(before: float, after: float, floor: float) -> float:
