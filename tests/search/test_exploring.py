@@ -42,6 +42,7 @@ def choose(menu: Any, costs: Any, limits: dict[str, float]) -> Plan:
 @pytest.fixture
 def explored(monkeypatch: pytest.MonkeyPatch):
     """A search over networks without k blocks, `at_once` + c x worse: the trials it makes."""
+    monkeypatch.setattr(run, "RECOVERED_RATE", 0.25)  # what c is about
     monkeypatch.setattr(run.plans, "choose", choose)
     monkeypatch.setattr(run.plans, "least", lambda *_: latency(MOST))
     costs = SimpleNamespace(bias={}, predict=lambda _: {"latency": latency(0)})

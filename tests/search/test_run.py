@@ -40,12 +40,12 @@ def few():
 def test_the_deviation_of_a_drop_is_that_of_the_least_squares():
     known = [(x, 3 * x) for x in (0.01, 0.05, 0.4, 0.9)]
     for limit in (0.05, 0.1, 0.3):
-        assert 3 * run.deviation_of(limit, known) == pytest.approx(limit)
-    assert run.deviation_of(0.01, []) == pytest.approx(0.01 / run.FIRST_RATE)
-    assert run.deviation_of(0.0, [(0.1, 0.02)]) == 0.0
+        assert 3 * run.deviation_of(limit, known, 0.2) == pytest.approx(limit)
+    assert run.deviation_of(0.01, [], 0.2) == pytest.approx(0.05)
+    assert run.deviation_of(0.0, [(0.1, 0.02)], 0.2) == 0.0
     # the c of two drops is where the sum of squares is least
     known = [(0.2, 0.02), (0.4, 0.03)]
-    c = 0.1 / run.deviation_of(0.1, known)
+    c = 0.1 / run.deviation_of(0.1, known, 0.2)
 
     def off(c):
         return sum((y - c * x) ** 2 for x, y in known)
@@ -55,9 +55,9 @@ def test_the_deviation_of_a_drop_is_that_of_the_least_squares():
 
 def test_the_deviation_of_a_drop_in_noise():
     # a trial that was better than the original says that more is bearable, not how much more
-    assert run.deviation_of(0.01, [(0.1, -0.002)]) == pytest.approx(0.1 / run.LEAST_DROP)
+    assert run.deviation_of(0.01, [(0.1, -0.002)], 0.2) == pytest.approx(0.1 / run.LEAST_DROP)
     # a mild plan that happened to be worse than a stronger one
-    between = run.deviation_of(0.01, [(0.1, 0.02), (0.2, 0.005), (0.4, 0.03)])
+    between = run.deviation_of(0.01, [(0.1, 0.02), (0.2, 0.005), (0.4, 0.03)], 0.2)
     assert 0.1 < between < 0.4
 
 

@@ -54,9 +54,10 @@ from whet.task import Task
 # long one goes on from a short one
 LONGER = 0.1
 GAIN = (1 + TIMES) ** LONGER
-# the drop at a deviation of 1, before any trial was made: about what the VGG-16 of
-# benchmarks/search.md lost at each length of training, in parts of one
-FIRST_RATE = 0.25
+# the drop at a deviation of 1, in parts of one, before any trial was made: where nothing is trained
+# what the VGG-16 of benchmarks/search.md lost; else what a short recovery leaves of a plan that
+# deviates so much after a lesson, 0.12 there and 0.02 on its ResNet-56
+FIRST_RATE, RECOVERED_RATE = 0.25, 0.05
 LEAST_DROP = 0.2  # of the limit: no trial is taken to have lost less
 SOLVES = 10  # to find the plan of a deviation
 CAUTION = 0.7  # for each trial that missed, while none is within the limit
@@ -234,7 +235,7 @@ class Search:
             self._tell("train after whole plans", next(done), MENUS * WHOLE)
             return self.bench.left(plan)
 
-        room = deviation_of(self.bounds["drop"][0], []) if "drop" in self.bounds else math.inf
+        room = self._room([]) if "drop" in self.bounds else math.inf
         return settled(menus, path, left, room)
 
     def _costly(self) -> set[str]:
@@ -375,7 +376,7 @@ class Search:
             return best.plan
         drops = [(t["deviation"], self._recovered(t)) for t in self.trials if t["offers"]]
         missed = 0 if within else len(drops)
-        room, further = deviation_of(limit, drops) * CAUTION**missed, 0.0
+        room, further = self._room(drops) * CAUTION**missed, 0.0
         for _ in range(STEPS):
             plan = strongest(room)
             if _same(plan) not in known:
@@ -386,6 +387,11 @@ class Search:
                 further = FURTHER if good else 1 / FURTHER
             room *= further
         return None if best is None else best.plan
+
+    def _room(self, drops: Sequence[tuple[float, float]]) -> float:
+        """The deviation of a plan whose drop should be the limit."""
+        first = FIRST_RATE if self.task.train is None else RECOVERED_RATE
+        return deviation_of(self.bounds["drop"][0], drops, first)
 
     def _unfinished(self, tried: Sequence[Tried]) -> Done | None:
         """The best plan that was bearable and had no long recovery yet."""
@@ -586,17 +592,18 @@ class Search:
         return files
 
 
-def deviation_of(limit: float, known: Sequence[tuple[float, float]]) -> float:
+def deviation_of(limit: float, known: Sequence[tuple[float, float]], first: float) -> float:
     """The deviation x whose drop should be `limit`, by drop = c x; 0 where no drop is allowed.
 
     Args:
         limit: a drop.
         known: pairs (deviation, drop) that were measured.
+        first: c where there are none.
     """
     if limit <= 0:
         return 0.0
     if not any(x for x, _ in known):
-        return limit / FIRST_RATE
+        return limit / first
     c = slope(known)
     # drops within the noise say that more is bearable, not how much more
     least = LEAST_DROP * limit / max(x for x, _ in known)
