@@ -22,6 +22,7 @@ from whet.task import (
     first_rows,
     limited,
     tensors_in,
+    thinned,
     top1,
 )
 from whet.testing import NETWORKS, tiny_task
@@ -334,6 +335,28 @@ def test_limited_gives_exactly_so_many_examples(examples):
     rows = torch.cat([x[:, 0] for x, _ in got]).tolist() if got else []
     assert rows == list(range(12))[: 12 if examples is None else examples]
     assert all(x[:, 0].tolist() == y.tolist() and len(y) for x, y in got)
+
+
+@pytest.mark.parametrize("sizes", [[50] * 20, [100] * 10, [1000], [7] * 100])
+@pytest.mark.parametrize("examples", [16, 64, 200])
+def test_a_thinned_sample_is_from_all_over_what_is_sorted(sizes, examples):
+    classes = torch.arange(sum(sizes)) * 10 // sum(sizes)
+    data = [(y[:, None].float(), y) for y in classes.split(sizes)]
+    inputs, labels = zip(*thinned(data, examples), strict=True)
+    seen = torch.cat(labels)
+    assert torch.equal(torch.cat(inputs)[:, 0], seen.float())
+    held = min(8, len(sizes)) * sizes[0]  # in the batches that it is from
+    assert min(examples, held) * 0.8 <= len(seen) <= examples
+    assert len(seen.unique()) >= min(8, len(seen))
+    assert int(seen.bincount(minlength=10).max()) <= len(seen) / 4
+
+
+def test_a_thinned_sample_of_unknown_batches_is_the_first():
+    data = [(torch.full((4, 1), float(k)), None) for k in range(5)]
+    unknown = type("Unknown", (), {"__iter__": lambda self: iter(data)})()
+    [(first, none), (second, _)] = thinned(unknown, 6)
+    assert (float(first.mean()), len(first), none) == (0.0, 4, None)
+    assert (float(second.mean()), len(second)) == (1.0, 2)
 
 
 def test_limited_keeps_missing_labels():

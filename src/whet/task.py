@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -342,6 +343,27 @@ def limited(batches: Batches, examples: int | None) -> Iterator[Batch]:
             inputs, labels = first_rows(inputs, left), first_rows(labels, left)
         yield inputs, labels
         left = None if left is None else left - size
+
+
+def thinned(batches: Batches, examples: int, most: int = 8) -> list[Batch]:
+    """At most so many examples from all over the batches: these may be sorted by class.
+
+    Args:
+        batches: where their number is not known, the first examples are taken.
+        examples: how many at most.
+        most: batches that they come from.
+    """
+    length = count(batches)
+    if length is None:
+        return list(limited(batches, examples))
+    most = min(most, length)
+    wanted = {(2 * k + 1) * length // (2 * most) for k in range(most)}
+    taken: list[Batch] = []
+    for k, (inputs, labels) in enumerate(batches):
+        if k in wanted:
+            rows = itemgetter(slice(None, None, -(-batch_size(inputs) * most // examples)))
+            taken.append((each_tensor(inputs, rows), each_tensor(labels, rows)))
+    return list(limited(taken, examples))
 
 
 def first_rows(value: Any, rows: int) -> Any:

@@ -29,6 +29,7 @@ from whet.search.bench import (
     Bench,
     Way,
 )
+from whet.search.costs import Profile
 from whet.search.lessons import MENUS, PLACES, WHOLE
 from whet.search.menu import Menu, Offer, counts
 from whet.search.plan import Plan
@@ -264,7 +265,10 @@ def test_every_layer_that_a_technique_can_make_is_timed(tmp_path, monkeypatch, t
         ]
         for place, rungs in (("0", (0.25, 0.75)), ("3", (0.25, 0.5)))
     }
-    found.profiles(Menu(base, offers), WAY, timed)
+    # what was turned down for its time says nothing of what was taken
+    found.timed["of another"] = {"Cp"}, Profile(base, {}, 9.9, 1.0)
+    profiles = found.profiles(Menu(base, offers), WAY, timed)
+    assert 9.9 not in [profile.latency for profile in profiles]
     strongest = [step.amounts for steps in seen for step in steps if len(step.amounts) == 2]
     assert (strongest[0] == {"0": 0.75, "3": 0.5}) is timed
     assert seen[0] == [] and len(seen) <= 1 + timed + PROFILES

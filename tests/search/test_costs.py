@@ -1,12 +1,13 @@
 """Counts multiply, tables interpolate, and what trials taught corrects what is predicted."""
 
 import itertools
+import math
 import random
 
 import pytest
 
 from whet.probe import Option
-from whet.search.costs import Costs, Profile, _line, combined
+from whet.search.costs import Costs, Profile, _line, _power, combined
 from whet.search.menu import Offer
 from whet.techniques.prune.l1filters import L1Filters
 
@@ -52,27 +53,31 @@ def test_what_is_changed_place_by_place_adds_up_to_the_whole(seed):
     offers = [parts("b", 100, 50), parts("c", 300), offer("a", a=(500, 200), b=(400, 100))]
     offers += [offer("b", b=(250, 100), c=(4500, 400)), offer("c", a=(0, 0)), offer("b", b=(0, 0))]
     source.shuffle(offers)
-    costs = Costs(TWINS, [slow(together(TWINS, offers[:2])), slow(TWINS)])
+    costs = Costs(TWINS, [slow(TWINS), slow(together(TWINS, offers[:2]))])
     rest, more = offers[:3], [(), *itertools.combinations(offers[3:], 2)]
     for others, said in zip(more, costs.each(rest, more), strict=True):
         layers = together(TWINS, [*rest, *others])
         macs = sum(each[0] for each in layers.values()) / 11000
         assert said["macs"] == pytest.approx(macs)
         time, size = costs._layer_time(layers), sum(each[1] for each in layers.values())
-        assert said["latency"] == pytest.approx(costs.time[0] * time + costs.time[1])
+        share = time / costs._layer_time(TWINS)
+        assert said["latency"] == pytest.approx(slow(TWINS).latency * share**costs.power)
         assert said["size"] == pytest.approx(costs.size[0] * size + costs.size[1])
         assert costs.predict([*rest, *others]) == pytest.approx(said)
 
 
 def measured(layers):
-    """A runtime in which a layer takes macs / 1000 ms, and the file 500 bytes beside weights."""
+    """A runtime in which a layer takes macs / 1000 ms, less where there is less of them.
+
+    The file has 500 bytes beside the weights.
+    """
     times = {path: each[0] / 1000 for path, each in layers.items()}
-    sums = sum(times.values())
-    return Profile(layers, times, (2 * sums + 1) / 11, (sum(e[1] for e in layers.values()) + 500))
+    latency = 0.9 * (sum(times.values()) / 5) ** 1.3
+    return Profile(layers, times, latency, sum(e[1] for e in layers.values()) + 500)
 
 
 def test_predictions_are_exact_where_the_runtime_is_what_the_model_says():
-    some = [together(BASE, [offer("a", a=(10 * k, 4 * k))]) for k in (40, 10)]
+    some = [together(BASE, [offer("a", a=(10 * k, 4 * k))]) for k in (100, 40, 10)]
     costs = Costs(BASE, [measured(layers) for layers in some])
     plan = [offer("a", a=(250, 100))]
     want = measured(together(BASE, plan))
@@ -94,6 +99,30 @@ def test_the_line_has_the_least_relative_errors(y):
     nearby = [(a * 1.01, b), (a * 0.99, b)]
     nearby += [(a, b * 1.01), (a, b * 0.99)] if b else []
     assert all(errors(a, b) < errors(*other) for other in nearby)
+
+
+def test_the_power_has_the_least_errors_of_logarithms_and_the_first_point_is_exact():
+    x, y = [4.0, 2.0, 1.0, 8.0], [0.3, 0.1, 0.05, 0.9]
+    p = _power(x, y)
+
+    def errors(p):
+        return sum(
+            (p * math.log(each / x[0]) - math.log(of / y[0])) ** 2
+            for each, of in zip(x, y, strict=True)
+        )
+
+    assert errors(p) < min(errors(p * 1.01), errors(p * 0.99))
+    assert _power([4.0, 2.0, 1.0], [0.3, 0.3 / 2**1.7, 0.3 / 4**1.7]) == pytest.approx(1.7)
+    assert _power([4.0], [0.3]) == _power([4.0, 2.0], [0.3, 0.4]) == _power([0.0], [1.0]) == 1.0
+
+
+def test_the_untouched_network_takes_what_it_took():
+    """A line through networks of which some are far from any line has said 0.22 of 0.25."""
+    few = together(BASE, [offer("a", a=(0, 0)), offer("b", b=(400, 80))])
+    odd = Profile(few, {"b": 0.4}, 0.5, 0.4)
+    costs = Costs(BASE, [measured(BASE), odd])
+    assert costs.predict(())["latency"] == pytest.approx(measured(BASE).latency)
+    assert costs.predict([offer("b", b=(400, 80))])["latency"] > 0
 
 
 def test_the_bias_multiplies():
@@ -138,7 +167,7 @@ def test_what_is_larger_than_all_that_was_timed_goes_on_at_the_pace_of_the_old_l
     known = [together(TWINS, []), together(TWINS, [parts("a", 100, 50)])]
     costs = Costs(TWINS, [slow(layers) for layers in known])
     small, large = (costs.predict([parts("b", n, 50)])["latency"] for n in (100, 400))
-    a_millisecond = costs.time[0]
+    a_millisecond = slow(TWINS).latency / 11  # and times follow their sums
     assert large - small == pytest.approx(a_millisecond * 300 / 1000)  # b took one for 1000 MACs
 
 

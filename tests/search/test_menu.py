@@ -243,13 +243,22 @@ def test_what_is_tried_on_does_not_depend_on_what_was_drawn_before():
     inputs = torch.cat([x for x, _ in task.train])
     pairs = torch.utils.data.TensorDataset(inputs, torch.zeros(len(inputs)).long())
     loader = torch.utils.data.DataLoader(pairs, 16, shuffle=True, generator=drawn)
-    task = replace(task, train=loader, calibration=None)
+    task = replace(task, train=loader, calibration=None, validation=loader)
     one = Attempt.on(task, [], 0)
     next(iter(loader))
     two = Attempt.on(task, [], 0)
     assert all(torch.equal(a, b) for a, b in zip(one.known.inputs, two.known.inputs, strict=True))
     other = Attempt.on(task, [], 1)
     assert not torch.equal(one.known.inputs[0], other.known.inputs[0])
+
+
+def test_tries_look_at_what_the_network_was_not_trained_on():
+    task = tiny_task("plain_cnn")
+    unseen = {tuple(x.flatten().tolist()) for batch, _ in task.validation for x in batch}
+    seen = torch.cat(Attempt.on(task, [], 0).known.inputs)
+    assert all(tuple(x.flatten().tolist()) in unseen for x in seen)
+    blind = torch.cat(Attempt.on(replace(task, validation=None), [], 0).known.inputs)
+    assert not any(tuple(x.flatten().tolist()) in unseen for x in blind)
 
 
 def test_tries_compare_class_scores_where_the_task_says_that_they_are():

@@ -34,7 +34,7 @@ from whet.search.steering import FIRST, steered
 from whet.search.wish import Wish, finishing
 from whet.targets.onnxfile import as_arrays
 from whet.targets.target import Target
-from whet.task import Task
+from whet.task import Task, thinned
 from whet.technique import Technique, Work
 
 PROFILES = 4  # random plans that are timed
@@ -86,7 +86,7 @@ class Bench:
         self.network = fingerprint(task.model)
         self.began = time.monotonic()
         self.proofs: dict[Way, float] = {}  # seconds of a trial without a recovery
-        self.timed: dict[str, Profile] = {}
+        self.timed: dict[str, tuple[set[str], Profile]] = {}  # what was done
 
     def menus(self, wanted: set[str], targets: list[Target], way: Way, timed: bool) -> list[Menu]:
         """Every option alone: see `menu.draw`; and once more as `lessons.taught` weighs them.
@@ -152,7 +152,8 @@ class Bench:
     @cached_property
     def known(self) -> Answers:
         """What the network says to some of the validation data."""
-        return answers(self.task.model, self.task.validation or [], EXAMINED, self.task.loss)
+        some = thinned(self.task.validation or [], EXAMINED)
+        return answers(self.task.model, some, loss=self.task.loss)
 
     def profiles(self, menu: Menu, way: Way, timed: bool) -> list[Profile]:
         """All plans timed layer by layer in the runtime: the untouched network, some at random.
@@ -173,7 +174,8 @@ class Bench:
         for done, pick in enumerate(picks):
             self.settings.tell("time random plans", done, len(picks))
             self.profile(plans.steps(pick), way)
-        return list(self.timed.values())
+        offered = {name for name, _ in menu.offers}
+        return [profile for done, profile in self.timed.values() if done <= offered]
 
     def _faster(self, steps: Sequence[Technique], way: Way) -> float | None:
         """The latency after these steps over that before them, both finished."""
@@ -195,9 +197,11 @@ class Bench:
                 return None  # the plan was a random one, the runtime has its bugs
 
         row = self.rows.get(name, measured)
-        if row is not None:
-            self.timed[name] = Profile.of(row)
-        return self.timed.get(name)
+        if row is None:
+            return None
+        found = Profile.of(row)
+        self.timed[name] = {step.name for step in steps}, found
+        return found
 
     def _in_runtime(self, steps: Sequence[Technique], way: Way) -> dict[str, Any]:
         target = catalog.target(way.target)

@@ -115,8 +115,10 @@ class Costs:
             like: (sorted(table), [float(np.median(table[macs])) for macs in sorted(table)])
             for like, table in measured.items()
         }
-        sums = [self._layer_time(profile.layers) for profile in self.profiles]
-        self.time = _line(sums, [profile.latency for profile in self.profiles])
+        self.power = _power(
+            [self._layer_time(profile.layers) for profile in self.profiles],
+            [profile.latency for profile in self.profiles],
+        )
         sizes = [float(total(profile.layers)[1]) for profile in self.profiles]
         self.size = _line(sizes, [profile.bytes for profile in self.profiles])
         self.whole = self._sums(self.base)
@@ -177,8 +179,9 @@ class Costs:
         return found
 
     def _shares(self, time: float, macs: float, size: float) -> dict[str, float]:
+        share = max(time, 0.0) / self.whole[0] if self.whole[0] > 0 else 1.0
         raw = {
-            "latency": self.time[0] * time + self.time[1],
+            "latency": self.profiles[0].latency * share**self.power,
             "size": self.size[0] * size + self.size[1],
             "macs": macs / max(self.whole[1], 1),
         }
@@ -213,6 +216,16 @@ class Costs:
 def _sum(each: Sequence[Sums]) -> Sums:
     time, macs, size = (sum(column) for column in zip(*each, strict=True))
     return time, macs, size
+
+
+def _power(x: Sequence[float], y: Sequence[float]) -> float:
+    """p of y / y_0 = (x / x_0)^p, the first point being the one at 0; else 1."""
+    if min(x) <= 0 or min(y) <= 0:
+        return 1.0
+    first, second = np.log(np.asarray(x) / x[0]), np.log(np.asarray(y) / y[0])
+    square = float(first @ first)
+    p = float(first @ second) / square if square else 1.0
+    return p if p > 0 else 1.0
 
 
 def _line(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

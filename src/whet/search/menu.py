@@ -36,7 +36,7 @@ from whet.probe import Option
 from whet.rungs.sensitivity import Answers, answers, deviation
 from whet.runner import Tell, seed_all
 from whet.targets.target import Target
-from whet.task import Task
+from whet.task import Task, thinned
 from whet.technique import Technique, Work
 
 Counts = tuple[int, int]  # MACs, bytes as deployed
@@ -128,7 +128,9 @@ class Attempt:
         """What to try on the network of a task."""
         seed_all(seed + 1, task)  # other examples than those that a try takes statistics from
         batches = task.statistics()
-        known = answers(task.model, batches or task.validation or [], EXAMPLES, task.loss)
+        # what a network was trained on moves it less
+        unseen = thinned(task.validation or batches or [], EXAMPLES)
+        known = answers(task.model, unseen, loss=task.loss)
         twin = copy.deepcopy(task.model)
         if batches is not None:
             seed_all(seed, task)
