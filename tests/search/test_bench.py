@@ -1,6 +1,7 @@
 """What time a search gives to what."""
 
 import copy
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from whet import runner
 from whet.checkpoint import Rows
 from whet.engine import Here
-from whet.errors import TargetFailed
+from whet.errors import BadInput, TargetFailed
 from whet.measure.goals import Goals
 from whet.measure.latency import Timing
 from whet.probe import Option
@@ -26,6 +27,7 @@ from whet.search.bench import (
     PROFILES,
     STEERING,
     TIMES,
+    WORST,
     Bench,
     Way,
 )
@@ -279,6 +281,45 @@ def test_a_lesson_may_be_behind_a_step_that_looks_at_validation_data(tmp_path):
     found = small(tmp_path)
     found.task = tiny_task("transformer")
     assert found.lesson([DropBlocks(amount=0.5)]) != found.lesson([])
+
+
+def test_a_training_that_ends_in_nan_ends_no_search(tmp_path, monkeypatch):
+    def diverge(step, work):
+        if step.name == "Distill":
+            raise BadInput("train the network", "the loss is nan", "Lower lr.")
+
+    monkeypatch.setattr(bench, "_attempt", diverge)
+    found = small(tmp_path)
+    assert found.lesson([L1Filters(amount=0.5)]) == (0.0, WORST)
+    with pytest.raises(BadInput):
+        found.lesson([])
+    monkeypatch.setattr(bench, "_attempt", lambda *_: None)
+    monkeypatch.setattr(bench, "deviation", lambda *_: math.inf)
+    assert found.lesson([L1Filters(amount=0.25)]) == (WORST, WORST)
+
+
+def test_a_rate_at_which_a_recovery_diverges_is_not_taken(tmp_path, monkeypatch):
+    attempt = bench._attempt
+
+    def fast(step, work):
+        if step.lr == FIRST[0]["lr"]:
+            raise BadInput("train the network", "the loss is nan", "Lower lr.")
+        attempt(step, work)
+
+    monkeypatch.setattr(bench, "_attempt", fast)
+    found = small(tmp_path)
+    assert found._recovery(plan(), WAY)["lr"] in [way["lr"] for way in FIRST[1:]]
+
+
+def test_a_trial_whose_recovery_diverges_has_failed(tmp_path, monkeypatch):
+    def diverge(*_, **__):
+        raise BadInput("train the network", "the loss is nan", "Lower lr.")
+
+    found = small(tmp_path)
+    monkeypatch.setattr(bench.runner, "apply", diverge)
+    assert "the loss is nan" in found.trial(plan(), WAY, "short")["failed"]
+    with pytest.raises(BadInput):  # where nothing is trained it is the user's to mend
+        found.trial(Plan((), 0.0, {}), WAY, "short")
 
 
 def test_a_recovery_is_judged_as_tries_are(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from typing import Any
 from whet import catalog, runner
 from whet.checkpoint import Rows, fingerprint
 from whet.engine import Engine
-from whet.errors import Disagrees, Refused, TargetFailed
+from whet.errors import BadInput, Disagrees, Refused, TargetFailed
 from whet.measure import latency
 from whet.recipe import Recipe
 from whet.rungs.sensitivity import Answers, answers, deviation
@@ -49,6 +49,7 @@ STEERING = 0.06  # of the time is to find out how to recover
 PROBE = 0.2  # of a short recovery's epochs, for each way
 JUDGED = 5000  # validation examples whose answers judge one
 EXAMINED = 1000  # and what a lesson leaves
+WORST = 1e3  # deviates what is no number any more
 TURNS = 3  # processes that time all trials together
 TEACHER = 0.25  # the share of its forward pass in a training step, whatever the student
 
@@ -135,8 +136,13 @@ class Bench:
         def measured() -> tuple[float, float]:
             work = cut(steps)
             before = deviation(work.model, self.known)
-            train(work, length)
-            return before, deviation(work.model, self.known)
+            try:
+                train(work, length)
+            except BadInput:
+                if not steps:
+                    raise  # the untouched network can be trained, or nothing can
+                return min(before, WORST), WORST  # its loss was no number any more
+            return min(before, WORST), min(deviation(work.model, self.known), WORST)
 
         length = LESSON
         if self.wish.seconds is not None:
@@ -310,6 +316,10 @@ class Bench:
             result = runner.apply(recipe, self.task, **options)
         except (TargetFailed, Disagrees) as error:
             return {"failed": str(error)}
+        except BadInput as error:
+            if not any(step.name == "Distill" for step in recipe.steps):
+                raise
+            return {"failed": str(error)}  # the recovery ended in no number
         shutil.rmtree(folder, ignore_errors=True)
         result.save(folder)
         if not goes_on:
@@ -412,8 +422,11 @@ class Bench:
         def measured(knobs: dict[str, Any]) -> tuple[float, float]:
             began = time.monotonic()
             work = self._cut(plan, way)
-            _attempt(catalog.technique("Distill", {"epochs": epochs} | knobs), work)
-            return -deviation(work.model, known()), time.monotonic() - began
+            try:
+                _attempt(catalog.technique("Distill", {"epochs": epochs} | knobs), work)
+            except BadInput:  # at this rate its loss was no number any more
+                return -WORST, time.monotonic() - began
+            return -min(deviation(work.model, known()), WORST), time.monotonic() - began
 
         def probe(done: int, knobs: dict[str, Any]) -> tuple[float, float]:
             self.settings.tell("find out how to recover", done, done + 1)
