@@ -95,6 +95,15 @@ def test_the_plan_is_the_least_deviation_of_all_within_the_limit(limit):
     assert found.costs["macs"] <= limit
 
 
+@pytest.mark.parametrize("limit", [0.9, 0.5])
+def test_a_plan_deviates_by_the_law_of_its_menu_and_stays_the_best(limit):
+    known, lawful = costs(), menu()
+    lawful.law = (0.5, 2.0)
+    plain, found = (plans.choose(each, known, {"macs": limit}) for each in (menu(), lawful))
+    assert found.named == plain.named
+    assert found.deviation == pytest.approx(0.5 * plain.deviation**2)
+
+
 def test_what_cannot_be_reached_names_the_nearest():
     with pytest.raises(solve.Unreachable) as caught:
         plans.choose(menu(), costs(), {"macs": 0.001})

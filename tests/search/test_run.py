@@ -53,6 +53,15 @@ def test_the_deviation_of_a_drop_is_that_of_the_least_squares():
     assert off(c) < min(off(0.99 * c), off(1.01 * c))
 
 
+def test_the_first_plan_may_deviate_more_where_it_is_recovered():
+    search = run.Search.__new__(run.Search)
+    search.bounds = Goals(drop="1pp").limits()
+    for train, rate in (([1], run.RECOVERED_RATE), (None, run.FIRST_RATE)):
+        search.task = SimpleNamespace(train=train)
+        assert search._room([]) == pytest.approx(0.01 / rate)
+        assert search._room([(0.1, 0.02)]) == pytest.approx(0.05)
+
+
 def test_the_deviation_of_a_drop_in_noise():
     # a trial that was better than the original says that more is bearable, not how much more
     assert run.deviation_of(0.01, [(0.1, -0.002)], 0.2) == pytest.approx(0.1 / run.LEAST_DROP)
