@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 from torch import nn
 
-from whet.errors import BadInput
+from whet.errors import BadInput, NotFinite
 from whet.fit import Schedule, finite, fit, quick, rate, widened
 from whet.task import ACCURACY, evaluate
 from whet.testing import tiny_task
@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops(value):
     losses = iter([1.0, 1.0, value])
     model = copy.deepcopy(task.model)
     text = rf"train the network: the loss is {value} at step 3 of 4\. Lower lr, or look for NaN"
-    with pytest.raises(BadInput, match=text):
+    with pytest.raises(NotFinite, match=text):
         fit(model, task.train, lambda x, y, z: z.sum() * 0 + next(losses), Schedule())
     assert bool(torch.isfinite(weights(model)).all())
 

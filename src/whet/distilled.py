@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from whet.errors import BadInput
+from whet.errors import BadInput, NotFinite
 from whet.fit import rate
 from whet.task import Batch, Task, as_arguments, count, evaluating
 
@@ -118,8 +118,8 @@ def distill_data(
         tell: progress, as tell(done, of).
 
     Raises:
-        BadInput: the task has no training data or no class scores, or a number is out of range, or
-            the loss is no longer finite.
+        BadInput: the task has no training data or no class scores, or a number is out of range.
+        NotFinite: the loss is NaN or infinite.
     """
     asked = "distill the training data"
     if min(per_class, steps, passes, epochs) < 1 or lr <= 0:
@@ -167,7 +167,7 @@ def _learn(
             data = replace(begun, images=x, rates=F.softplus(r))
             loss = distilled_loss(task.model, theta, data, batch)
             if not bool(torch.isfinite(loss)):
-                raise BadInput(
+                raise NotFinite(
                     "distill the training data",
                     f"the loss is {float(loss.detach())} at step {done + 1} of {of}",
                     "Lower lr, or take fewer steps and passes.",

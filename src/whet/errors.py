@@ -32,6 +32,10 @@ class BadOrder(BadInput):
     """The steps of a recipe are in an order that cannot work."""
 
 
+class NotFinite(BadInput):
+    """A loss or the outputs of a network are NaN or infinite."""
+
+
 class Refused(WhetError):
     """A technique does not apply to this network; nothing has been changed."""
 

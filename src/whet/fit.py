@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from whet.errors import BadInput
+from whet.errors import BadInput, NotFinite
 from whet.task import Batches, as_arguments, count, each_tensor, tensors_in
 
 Objective = Callable[[Any, Any, Any], Tensor]  # (inputs, labels, outputs) -> loss
@@ -143,7 +143,7 @@ def fit(
         The scores, in order; empty without `score`.
 
     Raises:
-        BadInput: the loss is NaN or infinite.
+        NotFinite: the loss is NaN or infinite.
     """
     return fit_together([Learner(model, objective, score)], batches, schedule, tell)[0]
 
@@ -179,7 +179,7 @@ def fit_together(
         The scores of each, in order.
 
     Raises:
-        BadInput: a loss is NaN or infinite.
+        NotFinite: a loss is NaN or infinite.
     """
     accelerator = Accelerator()
     length = _length(batches)
@@ -262,7 +262,7 @@ class _Run:
                 outputs = self.model(*as_arguments(inputs))
                 loss = self.learner.objective(inputs, labels, widened(outputs))
             if not bool(torch.isfinite(loss)):
-                raise BadInput(
+                raise NotFinite(
                     "train the network",
                     f"the loss is {float(loss.detach())} at step {step + 1} of {self.steps}",
                     "Lower lr, or look for NaN in the training data.",

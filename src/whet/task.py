@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from whet.errors import BadInput
+from whet.errors import BadInput, NotFinite
 
 Batch = tuple[Any, Any]
 Batches = Iterable[Batch]
@@ -345,23 +345,26 @@ def limited(batches: Batches, examples: int | None) -> Iterator[Batch]:
         left = None if left is None else left - size
 
 
-def thinned(batches: Batches, examples: int, most: int = 8) -> list[Batch]:
+def thinned(batches: Batches, examples: int, least: int = 8) -> list[Batch]:
     """At most so many examples from all over the batches: these may be sorted by class.
 
     Args:
         batches: where their number is not known, the first examples are taken.
         examples: how many at most.
-        most: batches that they come from.
+        least: batches that they come from, more where these hold too few.
     """
     length = count(batches)
-    if length is None:
+    if not length:
         return list(limited(batches, examples))
-    most = min(most, length)
+    size = batch_size(next(iter(batches))[0])
+    most = min(max(least, -(-examples // size)), length)
     wanted = {(2 * k + 1) * length // (2 * most) for k in range(most)}
     taken: list[Batch] = []
     for k, (inputs, labels) in enumerate(batches):
         if k in wanted:
-            rows = itemgetter(slice(None, None, -(-batch_size(inputs) * most // examples)))
+            held = batch_size(inputs)
+            few = min(-(-examples // most), held)
+            rows = itemgetter(torch.arange(few) * held // few)
             taken.append((each_tensor(inputs, rows), each_tensor(labels, rows)))
     return list(limited(taken, examples))
 
@@ -397,7 +400,7 @@ def evaluate(model: nn.Module, batches: Batches, metric: Metric) -> float:
             inputs, labels = each_tensor(batch, lambda tensor: tensor.to(device))
             outputs = model(*as_arguments(inputs))
             if not all(_finite(t) for t in tensors_in(outputs)):
-                raise BadInput(
+                raise NotFinite(
                     "evaluate the network",
                     "its outputs hold NaN or infinite values",
                     "Lower lr, or take out the step that spoilt the weights.",

@@ -10,7 +10,7 @@ import pytest
 from whet import runner
 from whet.checkpoint import Rows
 from whet.engine import Here
-from whet.errors import BadInput, TargetFailed
+from whet.errors import BadInput, NotFinite, TargetFailed
 from whet.measure.goals import Goals
 from whet.measure.latency import Timing
 from whet.probe import Option
@@ -286,12 +286,12 @@ def test_a_lesson_may_be_behind_a_step_that_looks_at_validation_data(tmp_path):
 def test_a_training_that_ends_in_nan_ends_no_search(tmp_path, monkeypatch):
     def diverge(step, work):
         if step.name == "Distill":
-            raise BadInput("train the network", "the loss is nan", "Lower lr.")
+            raise NotFinite("train the network", "the loss is nan", "Lower lr.")
 
     monkeypatch.setattr(bench, "_attempt", diverge)
     found = small(tmp_path)
     assert found.lesson([L1Filters(amount=0.5)]) == (0.0, WORST)
-    with pytest.raises(BadInput):
+    with pytest.raises(NotFinite):
         found.lesson([])
     monkeypatch.setattr(bench, "_attempt", lambda *_: None)
     monkeypatch.setattr(bench, "deviation", lambda *_: math.inf)
@@ -303,7 +303,7 @@ def test_a_rate_at_which_a_recovery_diverges_is_not_taken(tmp_path, monkeypatch)
 
     def fast(step, work):
         if step.lr == FIRST[0]["lr"]:
-            raise BadInput("train the network", "the loss is nan", "Lower lr.")
+            raise NotFinite("train the network", "the loss is nan", "Lower lr.")
         attempt(step, work)
 
     monkeypatch.setattr(bench, "_attempt", fast)
@@ -312,14 +312,18 @@ def test_a_rate_at_which_a_recovery_diverges_is_not_taken(tmp_path, monkeypatch)
 
 
 def test_a_trial_whose_recovery_diverges_has_failed(tmp_path, monkeypatch):
-    def diverge(*_, **__):
-        raise BadInput("train the network", "the loss is nan", "Lower lr.")
+    error: list[Exception] = [NotFinite("train the network", "the loss is nan", "Lower lr.")]
+
+    def fail(*_, **__):
+        raise error[-1]
 
     found = small(tmp_path)
-    monkeypatch.setattr(bench.runner, "apply", diverge)
+    monkeypatch.setattr(bench.runner, "apply", fail)
     assert "the loss is nan" in found.trial(plan(), WAY, "short")["failed"]
-    with pytest.raises(BadInput):  # where nothing is trained it is the user's to mend
-        found.trial(Plan((), 0.0, {}), WAY, "short")
+    error.append(BadInput("set the option rounds", "it is 1", "Give 5 or more."))
+    for kind in ("short", "long"):
+        with pytest.raises(BadInput):  # that is the user's to mend
+            found.trial(Plan((), 0.0, {}) if kind == "short" else plan(), WAY, kind)
 
 
 def test_a_recovery_is_judged_as_tries_are(tmp_path, monkeypatch):

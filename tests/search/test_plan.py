@@ -104,6 +104,15 @@ def test_a_plan_deviates_by_the_law_of_its_menu_and_stays_the_best(limit):
     assert found.deviation == pytest.approx(0.5 * plain.deviation**2)
 
 
+def test_a_plan_over_its_limit_deviates_by_the_law_too(monkeypatch):
+    monkeypatch.setattr(plans, "ROUNDS", 1)  # a quarter of the way
+    lawful = menu()
+    lawful.law = (0.5, 2.0)
+    found = plans.choose(lawful, costs(), {"macs": 0.3})
+    assert found.costs["macs"] > 0.3
+    assert found.deviation == pytest.approx(0.5 * sum(o.deviation for o in found.offers) ** 2)
+
+
 def test_what_cannot_be_reached_names_the_nearest():
     with pytest.raises(solve.Unreachable) as caught:
         plans.choose(menu(), costs(), {"macs": 0.001})

@@ -20,14 +20,14 @@ from typing import Any
 from whet import catalog, runner
 from whet.checkpoint import Rows, fingerprint
 from whet.engine import Engine
-from whet.errors import BadInput, Disagrees, Refused, TargetFailed
+from whet.errors import Disagrees, NotFinite, Refused, TargetFailed
 from whet.measure import latency
 from whet.recipe import Recipe
 from whet.rungs.sensitivity import Answers, answers, deviation
 from whet.runner import Settings
 from whet.search import plan as plans
 from whet.search.costs import Profile
-from whet.search.lessons import MENUS, PLACES, WHOLE, left, taught
+from whet.search.lessons import MENUS, PLACES, WHOLE, above, taught
 from whet.search.menu import Attempt, Menu, Tries, counts, draw, few
 from whet.search.plan import Plan
 from whet.search.steering import FIRST, steered
@@ -108,7 +108,7 @@ class Bench:
     def left(self, plan: Plan) -> float:
         """What a short training leaves of a plan, but for what it makes of the network itself."""
         steps = [step.model_copy(update=few(type(step))) for step in plans.steps(plan.offers)]
-        return left(self.lesson(steps)[1], self.lesson([])[1])
+        return above(self.lesson([])[1], self.lesson(steps)[1])
 
     def lesson(self, steps: Sequence[Technique]) -> tuple[float, float]:
         """The deviation after these steps, and after a short training behind them.
@@ -138,10 +138,10 @@ class Bench:
             before = deviation(work.model, self.known)
             try:
                 train(work, length)
-            except BadInput:
+            except NotFinite:
                 if not steps:
                     raise  # the untouched network can be trained, or nothing can
-                return min(before, WORST), WORST  # its loss was no number any more
+                return min(before, WORST), WORST
             return min(before, WORST), min(deviation(work.model, self.known), WORST)
 
         length = LESSON
@@ -314,12 +314,8 @@ class Bench:
         }
         try:
             result = runner.apply(recipe, self.task, **options)
-        except (TargetFailed, Disagrees) as error:
+        except (TargetFailed, Disagrees, NotFinite) as error:
             return {"failed": str(error)}
-        except BadInput as error:
-            if not any(step.name == "Distill" for step in recipe.steps):
-                raise
-            return {"failed": str(error)}  # the recovery ended in no number
         shutil.rmtree(folder, ignore_errors=True)
         result.save(folder)
         if not goes_on:
@@ -417,14 +413,14 @@ class Bench:
         """
         epochs = PROBE * self._epochs(plan, "short", way)
         batches, loss = self.task.validation or [], self.task.loss
-        known = cache(lambda: answers(self.task.model, batches, JUDGED, loss))
+        known = cache(lambda: answers(self.task.model, thinned(batches, JUDGED), loss=loss))
 
         def measured(knobs: dict[str, Any]) -> tuple[float, float]:
             began = time.monotonic()
             work = self._cut(plan, way)
             try:
                 _attempt(catalog.technique("Distill", {"epochs": epochs} | knobs), work)
-            except BadInput:  # at this rate its loss was no number any more
+            except NotFinite:
                 return -WORST, time.monotonic() - began
             return -min(deviation(work.model, known()), WORST), time.monotonic() - began
 

@@ -5,10 +5,11 @@ were alike in the original share one table of (MACs, milliseconds), and so do la
 alike in the place of such; between its points lines are drawn. Layers in the place of another that
 no plan has timed are taken to be as slow as that was. The whole network's time follows as
 
-    t = a sum_l t_l(MACs_l) + b,
+    t / t_0 = (s / s_0)^p,   s = sum_l t_l(MACs_l),
 
-a and b with the least relative errors (squares) over the same networks; its bytes as
-c sum_l bytes_l + d.
+t_0 and s_0 being the untouched network's and p that of the least squared errors of logarithms over
+the same networks: a line that fits networks of few layers is off at the untouched one. Its bytes
+are c sum_l bytes_l + d, c and d with the least relative errors (squares).
 """
 
 from __future__ import annotations

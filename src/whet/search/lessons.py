@@ -128,8 +128,8 @@ def law(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     if not good:
         return 1.0, 1.0
     x, y = np.log(good).T
-    spread = float(((x - x.mean()) ** 2).sum())
-    b = float(((x - x.mean()) * (y - y.mean())).sum()) / spread if spread > 0 else 1.0
+    square = float(((x - x.mean()) ** 2).sum())
+    b = float(((x - x.mean()) * (y - y.mean())).sum()) / square if square > 0 else 1.0
     b = min(max(b, 1.0), STEEPEST)
     return math.exp(float(y.mean() - b * x.mean())), b
 
@@ -168,10 +168,10 @@ def _bearable(kind: type[Technique], tries: Tries) -> tuple[Technique, Any]:
 
 def share(before: float, after: float, floor: float) -> float:
     """What a training leaves of a deviation, but for what it makes of the untouched network."""
-    return max(left(after, floor) / before, LEAST) if before > 0 else 1.0
+    return max(above(floor, after) / before, LEAST) if before > 0 else 1.0
 
 
-def left(after: float, floor: float) -> float:
+def above(floor: float, after: float) -> float:
     """The deviation after a training, but for what it makes of the untouched network."""
     return max(after - floor, NOISE * floor, TINY)
 

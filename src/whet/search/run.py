@@ -217,16 +217,18 @@ class Search:
         """The menu whose deviations say best what a recovery leaves of a plan."""
         if self.task.train is None or not menus[0].offers:
             return menus[0]
-        name, limits, high = self.wish.minimize, self._limits(), costs.predict(())
+        name, limits = self.wish.minimize, self._limits()
         done = iter(range(MENUS * WHOLE))
+        ends = {
+            cost: (plans.least(menus[0], costs, cost), high)
+            for cost, high in costs.predict(()).items()
+            if cost == name
+        }
 
         def path(menu: Menu, at: float) -> Plan | None:
-            goal = dict(limits)
-            if name in COSTS:
-                low = plans.least(menu, costs, name)
-                goal[name] = high[name] * (low / high[name]) ** at
+            goal = {cost: high * (low / high) ** at for cost, (low, high) in ends.items()}
             try:
-                plan = plans.choose(menu, costs, goal)
+                plan = plans.choose(menu, costs, limits | goal)
             except solve.Unreachable:
                 return None
             return plan if plan.offers else None
