@@ -13,6 +13,7 @@ from typing import ClassVar
 import pytest
 
 import whet
+from whet import solve
 from whet.engine import Here, Processes
 from whet.errors import BadInput
 from whet.measure.goals import Goals
@@ -20,6 +21,7 @@ from whet.report import finding
 from whet.report.page import page
 from whet.runner import Settings
 from whet.search import bench, menu, run
+from whet.search.bench import Way
 from whet.search.plan import Plan
 from whet.search.wish import PRESETS, Wish
 from whet.technique import Work
@@ -101,12 +103,61 @@ def test_what_no_trial_meets_is_told_with_the_nearest():
         trial | {"drop": 0.03, "macs": 0.52},
     ]
     best = min(search.trials, key=search._rank)
-    assert search._over(search.trials[3]) == pytest.approx({"drop": 0.02, "macs": 0.02})
+    missed = search._missed(search.trials[3], search._bounds())
+    assert missed == pytest.approx({"drop": 0.02, "macs": 0.02})
     assert best is search.trials[2]  # one limit missed, and by the least
     said = "no trial meets all limits; nearest in macs is 2: drop +12.00pp of 1pp, "
     assert search._nearest(best) == [f"{said}size 0.800x of 0.9x, macs 0.450x of 0.5x."]
     search.trials.append(trial | {"drop": 0.01, "macs": 0.5})
     assert search._nearest(search.trials[-1]) == []
+
+
+def test_a_latency_that_another_timing_may_put_over_its_limit_is_taken_last():
+    search = run.Search.__new__(run.Search)
+    search.task = tiny_task("plain_cnn")
+    goals = Goals(drop="2pp", latency="0.5x")
+    search.wish, search.bounds = SimpleNamespace(goals=goals, minimize="drop"), goals.limits()
+    trial = {"original": {"latency": 1.0}}
+    near, sure, over = (
+        trial | {"drop": drop, "latency": latency}
+        for drop, latency in ((0.001, 0.49), (0.015, 0.48), (0.0, 0.51))
+    )
+    search.trials = [near, sure, over]
+    assert min(search.trials, key=search._rank) is sure
+    assert min([near, over], key=search._rank) is near
+    assert search._nearest(near) == []  # by its figure it is within
+
+
+@pytest.mark.parametrize(("limit", "tried"), [(0.5, False), (0.7, True), (0.9, True)])
+def test_a_latency_that_is_hardly_out_of_reach_is_tried(monkeypatch, limit, tried):
+    """0.81 at the least is predicted, which may be wrong by a third, not by a half."""
+
+    def choose(menu, costs, limits):
+        if limits["latency"] < 0.81:
+            raise solve.Unreachable({"latency": 0.81}, {"latency": 0.81})
+        return Plan((None,), 0.1, {"latency": limits["latency"]})
+
+    monkeypatch.setattr(run.plans, "choose", choose)
+    monkeypatch.setattr(run.plans, "least", lambda *_: 0.81)
+    search = run.Search.__new__(run.Search)
+    search.task = dataclasses.replace(tiny_task("plain_cnn"), train=None)
+    search.bounds = Goals(latency=f"{limit}x").limits()
+    search.way, search.trials = Way("float", "onnxruntime"), []
+    search.wish = SimpleNamespace(trials=1, finals=0, minimize="drop")
+    made = []
+
+    def trial(plan, way, kind):
+        made.append(plan.costs["latency"])
+        return {"latency": 0.6, "predicted": {"latency": made[-1]}}
+
+    search._trial = trial
+    costs = SimpleNamespace(predict=lambda _: {"latency": 1.0}, bias={})
+    if tried:
+        search._toward(None, costs, {"latency": limit})
+        assert made == pytest.approx([max(run.AIM * limit, run.OVER * 0.81)])
+    else:
+        with pytest.raises(BadInput, match="no plan comes nearer than about latency 0.81x"):
+            search._toward(None, costs, {"latency": limit})
 
 
 @pytest.mark.parametrize(
