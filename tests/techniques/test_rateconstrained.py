@@ -1,14 +1,19 @@
 """RateConstrained pays for bits as well as for errors: cheaper codes at the same error."""
 
+import itertools
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from whet import numerics, packed
+from whet.codecs import trellis
+from whet.rungs.columns import surviving
 from whet.rungs.layers import weights
 from whet.technique import Need
+from whet.techniques.fuse.foldbatchnorm import FoldBatchNorm
 from whet.techniques.prune.magnitude import Magnitude
 from whet.techniques.quantize.gptq import Gptq
 from whet.techniques.quantize.rateconstrained import (
@@ -17,6 +22,7 @@ from whet.techniques.quantize.rateconstrained import (
     constrained,
     counted,
     geometric,
+    onwards,
     step_at,
 )
 from whet.techniques.quantize.staticint8 import StaticInt8
@@ -93,8 +99,11 @@ def test_the_step_is_a_multiple_of_the_best():
     order = H.diagonal().argsort(descending=True)
     U = numerics.inverse_factor(H[order][:, order], 0.01)
     for times in (1.0, 3.0):
-        form = RateConstrained(rate=0.1, step=times).pack(W, H[None])
+        form = RateConstrained(rate=0.1, step=times, trellis=False).pack(W, H[None])
         assert float(form.scale) == pytest.approx(times * step_at(price, [U]))
+    U = numerics.inverse_factor(H, 0.01)  # along the trellis columns stay as they are
+    form = RateConstrained(rate=0.1, step=3.0).pack(W, H[None])
+    assert float(form.scale) == pytest.approx(1.5 * step_at(price, [U]))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -155,6 +164,91 @@ def test_layers_of_a_network_get_one_step_and_as_few_bits_as_they_need(apply):
     assert sizes[1] < 0.5 * sizes[0]
 
 
+def test_on_the_trellis_a_network_is_a_trellis_of_each_layer_and_biases_are_on_grids(apply):
+    task = tiny_task("plain_cnn")
+    model = apply(task, FoldBatchNorm(), RateConstrained(rate=0.3)).model
+    other = apply(task, FoldBatchNorm(), RateConstrained(rate=0.3, biases=False)).model
+    for (_, module), (_, plain) in zip(weights(model), weights(other), strict=True):
+        form = packed.form_of(module)
+        codes = form.codes() + numerics.integer_range(form.bits_wide, True)[1]
+        assert trellis.halved(codes.numpy().astype(int), form.bits_wide) is not None
+        grid = packed.form_of(module, "bias")
+        assert packed.form_of(plain, "bias") is None
+        assert torch.equal(module.weight, plain.weight)
+        moved = (module.bias - plain.bias).detach().abs()
+        assert 0 < float(moved.max()) <= 0.5001 * float(grid.scale)
+
+
+def test_the_grid_of_a_bias_is_where_its_last_bit_is_worth_its_price():
+    """s^2 / 12 of the outputs falls by 3/4 with one bit more: d/ds (s^2 / 12 - 0.3 log2 s) = 0."""
+    form = RateConstrained().rounded(torch.linspace(-40, 50, 30), price=0.3)
+    assert float(form.scale) / 6 == pytest.approx(0.3 / math.log(2) / float(form.scale), rel=1e-5)
+    assert torch.equal(form.codes(), (torch.linspace(-40, 50, 30) / form.scale).round())
+    assert not bool(RateConstrained().rounded(torch.zeros(4), price=0.3).dense().any())
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("rate", [0.03, 0.1, 0.3])
+def test_the_trellis_is_nearer_at_the_same_bits(seed, rate):
+    """D at the bits of the trellis, of what has one grid: the line between the logarithms."""
+    W, H, U = drawn(seed, 120, 60)
+    unit = float(numerics.output_error(W, H).sum()) / W.numel()
+    curve = []
+    for factor in (0.5, 0.7, 1.0, 1.4, 2.0, 2.8):
+        step = 2 * step_at(factor * rate * unit, [U])
+        q = constrained([(W, U)], step, factor * rate * unit, 500)[0]
+        curve.append((entropy(q), math.log(error(q, step, W, H))))
+    step = step_at(rate * unit, [U])
+    (q,) = onwards([(W, U)], step, rate * unit, 127)
+    k, odd = trellis.halved((q + 127).numpy().astype(int), 8)
+    bits = sum(
+        float((odd == part).mean()) * entropy(torch.tensor(k[odd == part])) for part in (0, 1)
+    )
+    curve.sort()
+    flat = np.interp(bits, *zip(*curve, strict=True))
+    assert curve[0][0] < bits < curve[-1][0]
+    assert math.log(error(q, step, W, H)) < flat + math.log(0.9)
+
+
+def test_of_all_paths_through_the_trellis_the_cheapest_is_taken():
+    """By looking at every path, where no column mends another."""
+    chance = torch.Generator().manual_seed(2)
+    W, h = torch.randn(8, 5, generator=chance).double(), torch.rand(5).double() + 0.2
+    costs = 0.4 * torch.rand(2, 5, generator=chance).double()
+    q, k, odd = surviving(W, torch.diag(h.rsqrt()), 0.5, costs)
+    for i in range(8):
+        best = math.inf
+        for path in itertools.product(range(-2, 3), repeat=5):
+            state, paid = 0, 0.0
+            for j, each in enumerate(path):
+                code = 2 * each - (state & 1) * ((each > 0) - (each < 0))
+                paid += float((W[i, j] - 0.5 * code) ** 2 * h[j] + costs[state & 1, each + 2])
+                state = trellis.NEXT[state][each & 1]
+            if paid < best:
+                best, wanted = paid, path
+        assert k[i].tolist() == list(wanted)
+    assert torch.equal(q, 2 * k - odd * k.sign())
+
+
+def test_eight_states_gain_a_decibel_on_one_grid():
+    """Codes s apart of which every second is open: (2 s)^2 / 12 over D, 1 dB or 1.26 and more."""
+    W = 40 * torch.rand(200, 300, generator=torch.Generator().manual_seed(0)).double() - 20
+    q, *_ = surviving(W, torch.eye(300).double(), 1.0, torch.zeros(2, 27).double())
+    assert 4 / 12 / float((W - q).square().mean()) > 1.26
+
+
+def test_columns_are_mended_along_each_path():
+    """The error that is counted is that of all outputs together, and blocks change nothing."""
+    W, H, U = drawn(4, 10, 300)
+    costs = torch.rand(2, 41, generator=torch.Generator().manual_seed(1)).double()
+    whole = surviving(W, U, 0.5, costs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("whet.rungs.columns.BLOCK", 17)
+        assert all(map(torch.equal, surviving(W, U, 0.5, costs), whole))
+    near = surviving(W, torch.diag(U.diagonal()), 0.5, costs)  # no column mends another
+    assert error(whole[0], 0.5, W, H) < 0.8 * error(near[0], 0.5, W, H)
+
+
 def test_lengths_are_those_of_the_codes():
     q = torch.tensor([0.0, 0, 0, 1, 1, -2, 0, 0]).double()
     sizes = [1, 0, 5, 2, 0]  # of -2 .. 2
@@ -192,13 +286,17 @@ def test_a_bit_has_one_price_in_the_whole_network(monkeypatch, apply):
     assert [p for p, *_ in seen] == pytest.approx([0.5 * e / count for *_, e in seen])
 
 
-def test_rows_that_read_other_inputs_share_a_step_and_a_table():
+@pytest.mark.parametrize("onward", [True, False])
+def test_rows_that_read_other_inputs_share_a_step_and_a_table(onward):
     W, H, _ = drawn(7)
-    form = RateConstrained().pack(torch.cat([W, W]), torch.stack([H, H]))
-    alone = RateConstrained().pack(W, H[None])
-    assert torch.equal(form.codes(), alone.codes().repeat(2, 1))
+    technique = RateConstrained(trellis=onward)
+    form = technique.pack(torch.cat([W, W]), torch.stack([H, H]))
+    alone = technique.pack(W, H[None])
+    # codes are counted twice as often, and half a one more of each as before
+    apart = (form.codes() - alone.codes().repeat(2, 1)).abs()
+    assert float((apart > 0).double().mean()) < (0.1 if onward else 1e-9)
     assert float(form.scale) == pytest.approx(float(alone.scale))
-    other = RateConstrained().pack(torch.cat([W, 9 * W]), torch.stack([H, correlated(60, 8)]))
+    other = technique.pack(torch.cat([W, 9 * W]), torch.stack([H, correlated(60, 8)]))
     assert other.scale.ndim == 0
     assert other.codes().shape == (80, 60)
 
@@ -221,9 +319,10 @@ def test_what_is_pruned_stays_zero_and_has_no_say(apply):
 def test_inputs_that_are_always_zero_cost_next_to_nothing():
     W, H, _ = drawn(6)
     H[:, :20], H[:20] = 0, 0
-    q = RateConstrained(rate=0.03).pack(W, H[None]).codes()
-    assert entropy(q[:, :20]) < 0.2
-    assert entropy(q[:, 20:]) > 1
+    for onward in (True, False):
+        q = RateConstrained(rate=0.03, trellis=onward).pack(W, H[None]).codes()
+        assert entropy(q[:, :20]) < 0.3
+        assert entropy(q[:, 20:]) > 1
     none = RateConstrained().pack(W, torch.zeros(1, 60, 60))
     torch.testing.assert_close(none.dense(), W, atol=float(W.abs().max()) / 254 * 1.01, rtol=0)
     assert not bool(RateConstrained().pack(0 * W, H[None]).dense().any())

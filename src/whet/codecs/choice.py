@@ -6,11 +6,11 @@ from types import MappingProxyType, ModuleType
 
 import numpy as np
 
-from whet.codecs import contexts, curves, entropy, planes, raw
+from whet.codecs import contexts, curves, entropy, planes, raw, trellis
 from whet.codecs.rans import fits
 
 CODECS: MappingProxyType[str, ModuleType] = MappingProxyType(
-    {codec.NAME: codec for codec in (raw, entropy, contexts, curves, planes)}
+    {codec.NAME: codec for codec in (raw, entropy, contexts, curves, planes, trellis)}
 )
 FEW = 64  # values that no table pays for
 
@@ -29,10 +29,15 @@ def smallest(values: np.ndarray, bits: int) -> tuple[str, bytes]:
     """
     if values.size < FEW:
         return plain(values, bits)
-    codec = curves if bits <= curves.MOST_BITS else planes
-    coded = codec.encode(values, bits)
+    if bits > curves.MOST_BITS:
+        tried = [(planes.NAME, planes.encode(values, bits))]
+    else:
+        tried = [(curves.NAME, curves.encode(values, bits))]
+        onwards = trellis.encode(values, bits)
+        tried += [] if onwards is None else [(trellis.NAME, onwards)]
+    name, coded = min(tried, key=lambda each: len(each[1]))
     if fits(values.size, len(coded)) and len(coded) < raw.packed_size(values.size, bits):
-        return codec.NAME, coded
+        return name, coded
     return plain(values, bits)
 
 
@@ -46,8 +51,11 @@ def thorough(values: np.ndarray, bits: int) -> tuple[str, bytes]:
         name, best = entropy.NAME, coded
     if bits > contexts.MOST_BITS or values.size > contexts.MOST_VALUES:
         return name, best
-    guessed = contexts.encode(values, bits)
-    return (contexts.NAME, guessed) if guessed and len(guessed) < len(best) else (name, best)
+    for codec, guess in ((contexts, contexts.encode), (trellis, trellis.guessed)):
+        guessed = guess(values, bits)
+        if guessed is not None and len(guessed) < len(best):
+            name, best = codec.NAME, guessed
+    return name, best
 
 
 def decoded(

@@ -24,6 +24,7 @@ are those of Elias' gamma code.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from decimal import Decimal, localcontext
 from functools import cache
 from typing import Any, Protocol
@@ -44,6 +45,7 @@ SURE = [min(n.bit_length(), 5) for n in range(MOST_SEEN + 1)]  # how much a cont
 FIRST_WEIGHTS = [0, *(ONE * k // 20 for k in range(1, 6))]  # by that
 ETA, SHIFT = 6, 19  # eta, in units of 2^-SHIFT
 WHOLE = (1 << 32) - 1
+ZERO, CLASS = ("zero", "odd zero"), ("class", "odd class")  # kinds of bits, by whether states are
 
 
 class Coder(Protocol):
@@ -107,6 +109,20 @@ class Reader:
             self.x = self.x << 8 & WHOLE | byte
             self.at += 1
         return bit
+
+    def finish(self) -> None:
+        """See that all bytes were read.
+
+        Raises:
+            Damaged: they were not, or there are too few.
+        """
+        if self.at < len(self.data) or self.at > len(self.data) + 4:
+            raise damaged("its bits do not end where its values do")
+
+
+def reach(mode: int, bits: int) -> tuple[int, int]:
+    """How far below and above the most frequent code others may lie."""
+    return mode, (1 << bits) - 1 - mode
 
 
 def most_guesses(data: bytes) -> int:
@@ -174,7 +190,7 @@ def encode(values: np.ndarray, bits: int) -> bytes | None:
     flat = values.reshape(-1).astype(np.int64)
     mode = int(np.bincount(flat).argmax())
     coder = Writer()
-    _walk(Guess(coder), values.shape, bits, (flat - mode).tolist(), mode)
+    walk(Guess(coder), values.shape, reach(mode, bits), (flat - mode).tolist())
     data = coder.finish()
     return bytes([mode]) + data if coder.count <= most_guesses(data) else None
 
@@ -191,16 +207,28 @@ def decode(data: bytes | memoryview, shape: tuple[int, ...], dtype: str, bits: i
     if not len(data) or data[0] >> bits:
         raise damaged("its most frequent code leaves its range")
     coder = Reader(bytes(data[1:]))
-    found = _walk(Guess(coder), shape, bits, None, data[0])
-    if coder.at < len(coder.data) or coder.at > len(coder.data) + 4:
-        raise damaged("its bits do not end where its values do")
+    found = walk(Guess(coder), shape, reach(data[0], bits), None)
+    coder.finish()
     return (np.array(found, np.int64) + data[0]).astype(kind).reshape(shape)
 
 
-def _walk(
-    guess: Guess, shape: tuple[int, ...], bits: int, values: list[int] | None, mode: int
+def walk(
+    guess: Guess,
+    shape: tuple[int, ...],
+    most: tuple[int, int],
+    values: list[int] | None,
+    states: Sequence[Sequence[int]] = ((0, 0),),
 ) -> list[int]:
-    """Code the distances from `mode`, or read them where `values` is None; the distances."""
+    """Code whole numbers, or read them where `values` is None; these numbers.
+
+    Args:
+        guess: what codes their bits.
+        shape: theirs.
+        most: how far below and above zero they may lie.
+        values: the numbers.
+        states: of each state the one behind an even number and behind an odd one. Whether the
+            state, which begins each row at 0, is odd is a part of all contexts.
+    """
     rows = shape[0] if len(shape) > 1 else 1
     columns, kernel = math.prod(shape) // rows, math.prod(shape[2:])
     out = [0] * (rows * columns)
@@ -209,22 +237,25 @@ def _walk(
         _lines(guess, "row", full.any(1).tolist(), 1),
         _lines(guess, "column", full.any(0).tolist(), kernel),
     ]
-    size = _Sizes(guess, mode, bits)
+    size = _Sizes(guess, most)
     filled, above = [0] * columns, [0] * columns  # codes so far in a column, the last flags
     for done, i in enumerate(live[0]):
-        start, left, here = i * columns, 0, 0
+        start, left, here, state, at = i * columns, 0, 0, 0, 0
         for past, j in enumerate(live[1]):
-            value = values[start + j] if values else 0
+            for _ in range(j - at):  # zeros in columns that hold nothing
+                state = states[state][0]
+            value, odd, at = values[start + j] if values else 0, state & 1, j + 1
             near, over = left & 3, above[j] & 1
             row, column = _share(here, past), _share(filled[j], done)
             contexts = (0, j, i, (near, over), (row, column), (j % kernel, near & 1, over))
             some = (left & 255).bit_count(), min(filled[j], 3)
-            flag = guess.bit("zero", (*contexts, some), int(value != 0))
+            flag = guess.bit(ZERO[odd], (*contexts, some), int(value != 0))
             if flag:
-                out[start + j] = size.code(value, i, j)
+                value = out[start + j] = size.code(value, i, j, odd)
                 here += 1
                 filled[j] += 1
             left, above[j] = left << 1 | flag, above[j] << 1 | flag
+            state = states[state][value & 1]
     return out
 
 
@@ -248,15 +279,15 @@ def _share(count: int, of: int) -> int:
 class _Sizes:
     """Codes that are not the most frequent one: sign, class, place in the class."""
 
-    def __init__(self, guess: Guess, mode: int, bits: int) -> None:
+    def __init__(self, guess: Guess, most: tuple[int, int]) -> None:
         self.guess = guess
-        self.most = {0: mode, 1: (1 << bits) - 1 - mode}  # by sign, 1 for above
+        self.most = most  # by sign, 1 for above
         self.row: tuple[int, int] = (0, 0)  # sign and class of the last in this row, and which row
         self.at = -1
         self.column: dict[int, tuple[int, int]] = {}
 
-    def code(self, value: int, i: int, j: int) -> int:
-        """Code a distance, or read it; the distance."""
+    def code(self, value: int, i: int, j: int, odd: int) -> int:
+        """Code a distance in a state that is odd or not, or read it; the distance."""
         left, over = self.row if self.at == i else (0, 0), self.column.get(j, (0, 0))
         sign = int(self.most[1] > 0)
         if self.most[0] and self.most[1]:
@@ -266,7 +297,7 @@ class _Sizes:
         c = 0
         while 2 << c <= most:
             contexts = ((c, sign), (c, i), (c, j), (c, left[1]), (c, over[1]), (c, sign, i))
-            if not self.guess.bit("class", contexts, int(size >= 2 << c)):
+            if not self.guess.bit(CLASS[odd], contexts, int(size >= 2 << c)):
                 break
             c += 1
         place = 1

@@ -164,15 +164,26 @@ def _decoded(data: memoryview, shape: tuple[int, ...]) -> np.ndarray:
         length = LENGTH.unpack_from(data, at)[0]
         said, at = data[at + LENGTH.size :][:length], at + LENGTH.size + length
         which = decode(said, (parts_of(shape, kind),), "uint8", width)[grouping(shape, kind)]
-    f = np.zeros((1 << width, CODES), np.int64)
-    for each in f:
-        curve, at = _read(data, at, k)
-        each[:] = curve.frequencies(k)
+    curves, at = tables_at(data, at, k, 1 << width)
+    f = np.stack([curve.frequencies(k) for curve in curves])
     if not lanes or len(data) < at + 4 * lanes or (len(data) - at) % 2:
         raise damaged("its parts do not fill it")
     states = np.frombuffer(data[at : at + 4 * lanes], "<u4").astype(np.uint32)
     words = np.frombuffer(data[at + 4 * lanes :], "<u2")
     return rans.decode(Coded(states, words), f, k, math.prod(shape), which).astype(np.uint8)
+
+
+def tables_at(data: memoryview, at: int, k: int, count: int) -> tuple[list[Curve], int]:
+    """So many tables that begin at `at`, and where they end.
+
+    Raises:
+        Damaged: they are cut, or none that are written.
+    """
+    found = []
+    for _ in range(count):
+        curve, at = _read(data, at, k)
+        found.append(curve)
+    return found, at
 
 
 def _read(data: memoryview, at: int, k: int) -> tuple[Curve, int]:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from itertools import repeat
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from itertools import islice, repeat
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from whet.errors import Damaged
 
 LOW, WORD = 1 << 16, 16  # the smallest state, and the bits of a word
 VALUES_A_BYTE = 1 << 16  # no tensor claims more values than so many for each of its bytes
+# the tables of the next symbols of all lanes, in turn, from a list that grows by the last: arrays,
+# or whole numbers where there is one lane
+Follow = Callable[[list[Any]], Iterator[Any]]
 
 
 class Coded(NamedTuple):
@@ -72,7 +76,7 @@ def encode(symbols: np.ndarray, f: np.ndarray, k: int, lanes: int) -> Coded:
 
 
 def decode(
-    coded: Coded, f: np.ndarray, k: int, count: int, which: np.ndarray | None = None
+    coded: Coded, f: np.ndarray, k: int, count: int, which: np.ndarray | Follow | None = None
 ) -> np.ndarray:
     """Read `count` symbols, as places in their tables.
 
@@ -93,16 +97,20 @@ def decode(
     symbol = (place % f.shape[-1]).astype(np.uint16)
     of_slot = freq[place]
     rest = (np.arange(len(place), dtype=np.uint32) & np.uint32((1 << k) - 1)) - first[place]
-    table = None if which is None else which.astype(np.uint32) << np.uint32(k)
     x, words = coded.states.copy(), coded.words.astype(np.uint32)
     lanes, at = len(x), 0
-    slots = np.empty(count, np.uint32)
+    slots, last = np.empty(count, np.uint32), list[np.ndarray]()
+    tables = which(last) if callable(which) else None
+    fixed = None if which is None or callable(which) else which.astype(np.uint32) << np.uint32(k)
     mask, shift, word = np.uint32((1 << k) - 1), np.uint32(k), np.uint32(WORD)
     for start in range(0, count, lanes):
         mine = x[: count - start]
         slot = mine & mask
-        if table is not None:
-            slot += table[start : start + lanes]
+        if fixed is not None:
+            slot += fixed[start : start + lanes]
+        if tables is not None:
+            slot += next(tables).astype(np.uint32) << shift
+            last[:] = [symbol[slot]]
         slots[start : start + lanes] = slot
         mine = of_slot[slot] * (mine >> shift) + rest[slot]
         under = np.flatnonzero(mine < LOW)
@@ -130,15 +138,18 @@ def _encode_one(symbols: np.ndarray, f: np.ndarray, k: int) -> Coded:
 
 
 def _decode_one(
-    coded: Coded, f: np.ndarray, k: int, count: int, which: np.ndarray | None
+    coded: Coded, f: np.ndarray, k: int, count: int, which: np.ndarray | Follow | None
 ) -> np.ndarray:
     """`decode` with one lane."""
     tables = zip(*(each.reshape(-1, f.shape[-1]).tolist() for each in _tables(f)), strict=True)
-    tables, order = list(tables), repeat(0, count) if which is None else which.tolist()
-    words, mask, out = iter(coded.words.tolist()), (1 << k) - 1, []
-    x = int(coded.states[0])
+    words, mask, out = iter(coded.words.tolist()), (1 << k) - 1, list[int]()
+    if isinstance(which, np.ndarray):
+        order = iter(which.tolist())
+    else:
+        order = repeat(0) if which is None else which(out)
+    tables, x = list(tables), int(coded.states[0])
     try:
-        for row in order:
+        for row in islice(order, count):
             freq, first = tables[row]
             slot = x & mask
             s = bisect_right(first, slot) - 1  # symbols that do not occur lie before it

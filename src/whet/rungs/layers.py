@@ -197,10 +197,12 @@ class CalibratedTechnique(LayerTechnique):
         """
 
     def apply(self, work: Work) -> None:
-        self.pack_calibrated(work, self.pack)
+        self.pack_calibrated(work, lambda path, weight, moments: self.pack(weight, moments))
 
-    def pack_calibrated(self, work: Work, pack: Callable[[Tensor, Tensor], packed.Packed]) -> None:
-        """Make each weight `pack` of it and its moments, with zeros where a mask has them."""
+    def pack_calibrated(
+        self, work: Work, pack: Callable[[str, Tensor, Tensor], packed.Packed]
+    ) -> None:
+        """Make each weight `pack` of its path, it and its moments, with zeros where a mask is."""
         layers = dict(self.layers(work.model))
         before = copy.deepcopy(work.model) if self.sweeps > 1 else None
         unread, done = [], 0
@@ -211,8 +213,8 @@ class CalibratedTechnique(LayerTechnique):
                     module, (H, R) = layers[path], moments[path]
                     alive = packed.support_of(module)  # an earlier mask lies over the leaf
 
-                    def form(w: Tensor, a: Tensor = alive, H: Tensor = H, R: Any = R) -> Any:
-                        return pack(nearer(w * a, H, R), H)
+                    def form(w: Tensor, p: str = path, a: Tensor = alive, HR: Any = (H, R)) -> Any:
+                        return pack(p, nearer(w * a, *HR), HR[0])
 
                     packed.rewrite(module, "weight", form)
                 else:

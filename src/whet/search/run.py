@@ -497,7 +497,7 @@ class Search:
     @staticmethod
     def _missed(figures: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
         """The limits that are missed, by how much; a latency's by what is not surely within it."""
-        sure = limits | {name: limit * SURE for name, limit in limits.items() if name == "latency"}
+        sure = {n: limit * SURE if n == "latency" else limit for n, limit in limits.items()}
         over = {name: excess(figures[name], limit) for name, limit in sure.items()}
         return {name: much for name, much in over.items() if much}
 

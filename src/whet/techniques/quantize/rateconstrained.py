@@ -11,17 +11,25 @@ small layers get more bits. With `step` 1 the last bit of a code is worth what i
 s^2 / 12 falls to a quarter with one bit more; few bits want a coarser grid. The second sweep takes
 p to fall evenly from zero, which so becomes the shortest code; the third counts.
 
-Paper: Conzelmann and Bamler 2025, Reducing Storage of Pretrained Neural Networks by
-    Rate-Constrained Quantization and Entropy Coding (2505.18758). Departures: R is the length under
-    a table that is fixed for a sweep, in place of a quadratic estimate of what an adaptive coder
-    takes; the step follows from lambda.
+On the trellis (dependent quantization) s is half as large, and a code is one of the half that those
+before it in its row leave: q = 2 k, or 2 k - sgn k, by a state that the parities of k move on; R is
+that of k in its half. Of the ways through the states the cheapest is found (Viterbi). At the bits
+of one grid the outputs' error is a tenth to a fifth less. A bias has the grid on which one bit more
+is worth what it costs, s^2 = 6 lambda / ln 2.
+
+Papers: Conzelmann and Bamler 2025, Reducing Storage of Pretrained Neural Networks by
+    Rate-Constrained Quantization and Entropy Coding (2505.18758); Haase et al. 2020, Dependent
+    Scalar Quantization for Neural Network Compression (ICIP). Departures: R is the length under a
+    table that is fixed for a sweep, in place of a quadratic estimate of what an adaptive coder
+    takes; the step follows from lambda; the columns behind are mended along each path.
 Helps when: the file has to be as small as it can be and nothing can be trained.
 Hurts when: speed is wanted, or BatchNorms are not folded: the errors of all outputs of a layer
     weigh alike (put FoldBatchNorm first). EntropyPenalized is smaller where training has
-    much to give, as on MNIST, and was not in a few epochs of a ResNet-20.
-Needs: calibration data. Costs: three times what Gptq does, and for each weight a look at all codes;
-    with `sweeps` as many as layers, two passes of the data for each, and the divergence of a
-    ResNet-20's answers from its parent's falls by a fifth.
+    much to give, as on MNIST, and was not in a few epochs of a ResNet-20. What cuts inputs or
+    outputs afterwards takes codes off the trellis, and each then costs about a bit more.
+Needs: calibration data. Costs: some twenty times what Gptq does, three without the trellis, and for
+    each weight a look at all codes; with `sweeps` as many as layers, two passes of the data for
+    each, and the divergence of a ResNet-20's answers from its parent's falls by a fifth.
 """
 
 from __future__ import annotations
@@ -35,9 +43,12 @@ from pydantic import Field
 from torch import Tensor
 
 from whet import numerics, packed
-from whet.rungs.columns import sweep
+from whet.rungs.columns import surviving, sweep
 from whet.rungs.layers import CalibratedTechnique
 from whet.technique import Work
+
+MOST_BITS = 16  # of a code that stands for a bias
+SLACK = 2  # codes beyond the largest weight, which those before it may push further
 
 
 class RateConstrained(CalibratedTechnique):
@@ -52,48 +63,89 @@ class RateConstrained(CalibratedTechnique):
         Field(ge=0, le=1e4, description="share of a layer's outputs worth a bit of every weight"),
     ] = 0.02
     step: Annotated[
-        float, Field(gt=0, le=100, description="of the grid, in steps that are best at many bits")
+        float,
+        Field(gt=0, le=100, description="from a code to the next, in steps best at many bits"),
     ] = 2.0
+    trellis: Annotated[
+        bool,
+        Field(description="what a code may be depends on those before it, in steps half as far"),
+    ] = True
+    biases: Annotated[bool, Field(description="on grids as well, where a bit is worth as much")] = (
+        True
+    )
     bits: Annotated[int, Field(ge=2, le=12, description="of a code, at most")] = 8
     damp: Annotated[float, Field(gt=0, le=1, description="of the mean of H's diagonal")] = 0.01
 
     def apply(self, work: Work) -> None:
-        count = sum(int(packed.support_of(m).sum()) for _, m in self.layers(work.model))
-        self.pack_calibrated(work, partial(self.pack, count=count))
+        layers, prices = dict(self.layers(work.model)), dict[str, float]()
+        count = sum(int(packed.support_of(m).sum()) for m in layers.values())
 
-    def pack(self, weight: Tensor, moments: Tensor, count: int | None = None) -> packed.Packed:
-        """The form of `weight`; `count` is n, its own values where not given."""
+        def pack(path: str, weight: Tensor, moments: Tensor) -> packed.Packed:
+            prices[path] = self.price(weight, moments, count)
+            # what a mask leaves of a weight is stored without its places
+            onward = bool(packed.support_of(layers[path]).all())
+            return self.chosen(weight, moments, prices[path], onward)
+
+        self.pack_calibrated(work, pack)
+        for path, price in prices.items() if self.biases else ():
+            if layers[path].bias is not None and price > 0:
+                packed.rewrite(layers[path], "bias", partial(self.rounded, price=price))
+
+    def pack(self, weight: Tensor, moments: Tensor) -> packed.Packed:
+        price = self.price(weight, moments, weight.numel())
+        return self.chosen(weight, moments, price, onward=bool((weight != 0).all()))
+
+    def price(self, weight: Tensor, moments: Tensor, count: int) -> float:
+        """Lambda of a layer in a network of `count` weights."""
+        rows = weight.flatten(1).double().chunk(len(moments))
+        each = zip(rows, moments.double(), strict=True)
+        return self.rate * sum(float(numerics.output_error(W, H).sum()) for W, H in each) / count
+
+    def chosen(self, weight: Tensor, moments: Tensor, price: float, onward: bool) -> packed.Packed:
+        """The form of `weight` where a bit costs `price`, on the trellis if it may be."""
+        onward = onward and self.trellis and price > 0
         rows, seen = weight.flatten(1).double().chunk(len(moments)), moments.double()
-        orders = [H.diagonal().argsort(descending=True, stable=True) for H in seen]
+        # along the trellis columns follow each other as they are stored
+        orders = [
+            torch.arange(len(H)) if onward else H.diagonal().argsort(descending=True, stable=True)
+            for H in seen
+        ]
         parts = [
             (W[:, order], numerics.inverse_factor(H[order][:, order], self.damp))
             for W, H, order in zip(rows, seen, orders, strict=True)
         ]
-        energy = sum(
-            float(numerics.output_error(W, H).sum()) for W, H in zip(rows, seen, strict=True)
-        )
-        price, top = self.rate * energy / (count or weight.numel()), 2 ** (self.bits - 1) - 1
         least = numerics.symmetric_scale(weight.abs().max(), self.bits)
-        wanted = self.step * step_at(price, [U for _, U in parts])
+        wanted = self.step * step_at(price, [U for _, U in parts]) / (2 if onward else 1)
         step = torch.tensor(wanted).to(least).clamp(min=least)
-        found = constrained(parts, float(step), price, top)
+        choose = onwards if onward else constrained
+        found = choose(parts, float(step), price, 2 ** (self.bits - 1) - 1)
         q = torch.cat([q[:, o.argsort()] for q, o in zip(found, orders, strict=True)])
-        q = q.reshape(weight.shape).to(weight)
-        wide = largest(q).bit_length() + 1
-        return packed.Affine(
-            packed.Dense(q * step),
-            step,
-            torch.zeros_like(step),
-            bits_wide=wide,
-            symmetric=True,
-            axis=None,
-        )
+        return form(q.reshape(weight.shape).to(weight), step)
+
+    def rounded(self, bias: Tensor, price: float) -> packed.Packed:
+        """The form of a bias, on the grid on which one bit more is worth `price`."""
+        least = numerics.symmetric_scale(bias.abs().max(), MOST_BITS)
+        step = torch.tensor(worth(price)).to(least).clamp(min=least)
+        return form((bias / step).round(), step)
+
+
+def form(q: Tensor, step: Tensor) -> packed.Affine:
+    """The codes q on a grid of as few bits as they need."""
+    wide = largest(q).bit_length() + 1
+    zero = torch.zeros_like(step)
+    leaf = packed.Dense(q * step)
+    return packed.Affine(leaf, step, zero, bits_wide=wide, symmetric=True, axis=None)
+
+
+def worth(price: float) -> float:
+    """S at which D = s^2 / 12 falls by lambda with one bit more, R = -log2 s."""
+    return math.sqrt(6 * price / math.log(2))
 
 
 def step_at(price: float, factors: list[Tensor]) -> float:
     """S with dD/dR = -lambda, D = s^2 / 12 mean_j U_jj^-2 a weight and R = -log2 s + const."""
     weights = torch.cat([U.diagonal() for U in factors]).pow(-2)
-    return math.sqrt(6 * price / (math.log(2) * float(weights.mean())))
+    return worth(price / float(weights.mean()))
 
 
 def constrained(
@@ -116,6 +168,34 @@ def constrained(
         used = torch.cat([each[W != 0] for each, (W, _) in zip(q, parts, strict=True)])
         q = [codes(W, U, step, price * table(used)) for W, U in parts]
     return q
+
+
+def onwards(
+    parts: list[tuple[Tensor, Tensor]], step: float, price: float, top: int
+) -> list[Tensor]:
+    """`constrained` on the trellis of `codecs.trellis`: R(k) of each quantizer, all rows sharing.
+
+    The largest code is `top` as far as the trellis allows it.
+    """
+    reach = max(float(W.abs().max()) for W, _ in parts) / (2 * step)
+    most = max(min((top + 1) // 2, math.ceil(reach) + SLACK), 1)
+    k = torch.arange(-most, most + 1)
+    over = torch.zeros(2, 2 * most + 1).double()
+    over[0, 2 * k.abs() > top] = torch.inf
+    found = [surviving(W, U, step, over) for W, U in parts]
+    for table in (geometric, counted, counted):
+        used = [torch.cat([each[1][each[2] == part] for each in found]) for part in (0, 1)]
+        if table is geometric:  # both quantizers alike, or one would get all that is zero
+            used = [torch.cat(used)] * 2
+        costs = price * torch.stack([padded(table(each.double()), most) for each in used])
+        found = [surviving(W, U, step, over + costs) for W, U in parts]
+    return [q.double() for q, *_ in found]
+
+
+def padded(lengths: Tensor, most: int) -> Tensor:
+    """R of -most .. most, of a table that may end before: as dear as two of its dearest."""
+    missing = most - len(lengths) // 2
+    return torch.nn.functional.pad(lengths, (missing, missing), value=2 * float(lengths.max()))
 
 
 def geometric(q: Tensor) -> Tensor:
