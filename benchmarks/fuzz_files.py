@@ -45,11 +45,12 @@ RECIPES = {
     "padded_residual_cnn": "[L1Filters: {amount: 0.3, multiple_of: 4}, FoldBatchNorm]",
     "depthwise_cnn": "[KMeansShare: {}]",
     "transformer": "[StaticInt8: {examples: 16}]",
+    "plain_cnn": "[FoldBatchNorm, RateConstrained: {examples: 16, rate: 0.3}]",
 }
 SLOW, SMALL_TEXT = 5.0, b'0123456789{}[]",:-.etx/_ '
 LIES: list[Any] = [
     *(0, -1, 1, 3, 8, 64, 65, 2**31, 2**62, 10**30, 1.5, None, True, "", [], [2**20], [2**40, 0]),
-    *([3, 3], "raw", "entropy", "context", "float32", "uint8", "bfloat16"),
+    *([3, 3], "raw", "entropy", "context", "trellis", "float32", "uint8", "bfloat16"),
 ]
 ODD = (struct.error, zlib.error, WhetError)
 Seed = tuple[bytes, str]  # a file and the network whose class it is loaded into
