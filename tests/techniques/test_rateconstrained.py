@@ -313,7 +313,11 @@ def test_what_is_pruned_stays_zero_and_has_no_say(apply):
     assert torch.equal(alone[~dead], dense[:, 0])
     model = apply(tiny_task("transformer"), Magnitude(amount=0.6), RateConstrained()).model
     for _, module in weights(model):
-        assert not bool(module.weight[~packed.form_of(module).support()].any())
+        form = packed.form_of(module)
+        assert not bool(module.weight[~form.support()].any())
+        codes = form.inner.codes() + numerics.integer_range(form.inner.bits_wide, True)[1]
+        # places are not stored, so that a trellis would have no order
+        assert trellis.halved(codes.numpy().astype(int), form.inner.bits_wide) is None
 
 
 def test_inputs_that_are_always_zero_cost_next_to_nothing():
