@@ -103,7 +103,7 @@ def test_what_no_trial_meets_is_told_with_the_nearest():
         trial | {"drop": 0.03, "macs": 0.52},
     ]
     best = min(search.trials, key=search._rank)
-    missed = search._missed(search.trials[3], search._bounds())
+    missed = run._missed(search.trials[3], search._bounds())
     assert missed == pytest.approx({"drop": 0.02, "macs": 0.02})
     assert best is search.trials[2]  # one limit missed, and by the least
     said = "no trial meets all limits; nearest in macs is 2: drop +12.00pp of 1pp, "

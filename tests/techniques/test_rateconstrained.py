@@ -188,8 +188,8 @@ def test_the_grid_of_a_bias_is_where_its_last_bit_is_worth_its_price():
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("rate", [0.03, 0.1, 0.3])
-def test_the_trellis_is_nearer_at_the_same_bits(seed, rate):
+@pytest.mark.parametrize(("rate", "share"), [(0.03, 0.9), (0.1, 0.9), (0.3, 0.9), (1.0, 0.95)])
+def test_the_trellis_is_nearer_at_the_same_bits(seed, rate, share):
     """D at the bits of the trellis, of what has one grid: the line between the logarithms."""
     W, H, U = drawn(seed, 120, 60)
     unit = float(numerics.output_error(W, H).sum()) / W.numel()
@@ -207,7 +207,7 @@ def test_the_trellis_is_nearer_at_the_same_bits(seed, rate):
     curve.sort()
     flat = np.interp(bits, *zip(*curve, strict=True))
     assert curve[0][0] < bits < curve[-1][0]
-    assert math.log(error(q, step, W, H)) < flat + math.log(0.9)
+    assert math.log(error(q, step, W, H)) < flat + math.log(share)
 
 
 def test_of_all_paths_through_the_trellis_the_cheapest_is_taken():
@@ -292,9 +292,10 @@ def test_rows_that_read_other_inputs_share_a_step_and_a_table(onward):
     technique = RateConstrained(trellis=onward)
     form = technique.pack(torch.cat([W, W]), torch.stack([H, H]))
     alone = technique.pack(W, H[None])
-    # codes are counted twice as often, and half a one more of each as before
-    apart = (form.codes() - alone.codes().repeat(2, 1)).abs()
-    assert float((apart > 0).double().mean()) < (0.1 if onward else 1e-9)
+    assert torch.equal(form.codes()[:40], form.codes()[40:])
+    # tables of twice as many codes are not quite the same, and some paths are as good as others
+    same = (form.codes()[:40] == alone.codes()).double().mean()
+    assert float(same) >= (0.98 if onward else 1.0)
     assert float(form.scale) == pytest.approx(float(alone.scale))
     other = technique.pack(torch.cat([W, 9 * W]), torch.stack([H, correlated(60, 8)]))
     assert other.scale.ndim == 0
@@ -323,10 +324,12 @@ def test_what_is_pruned_stays_zero_and_has_no_say(apply):
 def test_inputs_that_are_always_zero_cost_next_to_nothing():
     W, H, _ = drawn(6)
     H[:, :20], H[:20] = 0, 0
-    for onward in (True, False):
-        q = RateConstrained(rate=0.03, trellis=onward).pack(W, H[None]).codes()
-        assert entropy(q[:, :20]) < 0.3
-        assert entropy(q[:, 20:]) > 1
+    q = RateConstrained(rate=0.03, trellis=False).pack(W, H[None]).codes()
+    assert entropy(q[:, :20]) < 0.2
+    assert entropy(q[:, 20:]) > 1
+    q = RateConstrained(rate=0.03).pack(W, H[None]).codes()
+    assert entropy(q[:, :17]) < 0.2  # the last three lead to the state that suits what follows
+    assert entropy(q[:, 20:]) > 1
     none = RateConstrained().pack(W, torch.zeros(1, 60, 60))
     torch.testing.assert_close(none.dense(), W, atol=float(W.abs().max()) / 254 * 1.01, rtol=0)
     assert not bool(RateConstrained().pack(0 * W, H[None]).dense().any())

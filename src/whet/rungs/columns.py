@@ -66,7 +66,8 @@ def surviving(W: Tensor, U: Tensor, step: float, costs: Tensor) -> tuple[Tensor,
     odd = torch.arange(states) & 1
     values = (2 * k - odd[:, None] * k.sign()).to(W)  # q by state and k
     # the two (state, parity of k) that lead to each state
-    pairs = [[(s, b) for s in range(states) for b in (0, 1) if NEXT[s][b] == t] for t in range(8)]
+    ways = [(s, b) for s in range(states) for b in (0, 1)]
+    pairs = [[way for way in ways if NEXT[way[0]][way[1]] == t] for t in range(states)]
     source, parity = torch.tensor(pairs).movedim(-1, 0)
     places = [(k & 1 == b).nonzero()[:, 0] for b in (0, 1)]
     total = torch.full((rows, states), torch.inf).to(W)

@@ -453,7 +453,7 @@ class Search:
 
     def _toward(self, menu: Menu, costs: Costs, limits: Mapping[str, float]) -> None:
         """The least drop within limits on costs: corrected until they are met, then recovered."""
-        if not self._missed(costs.predict(()), limits):
+        if not _missed(costs.predict(()), limits):
             return  # the finish is enough
         tight = _aims(limits)
         finals = self.wish.finals if self.task.train is not None else 0
@@ -469,7 +469,7 @@ class Search:
                 if trial is None:
                     return
                 self._learn(costs, trial)
-                if not self._missed(trial, limits):
+                if not _missed(trial, limits):
                     break
 
     def _learn(self, costs: Costs, trial: Mapping[str, Any]) -> None:
@@ -494,17 +494,10 @@ class Search:
             if name in COSTS
         }
 
-    @staticmethod
-    def _missed(figures: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
-        """The limits that are missed, by how much; a latency's by what is not surely within it."""
-        sure = {n: limit * SURE if n == "latency" else limit for n, limit in limits.items()}
-        over = {name: excess(figures[name], limit) for name, limit in sure.items()}
-        return {name: much for name, much in over.items() if much}
-
     def _rank(self, trial: Mapping[str, Any]) -> tuple[float, ...]:
         """Smaller is better: limits missed, by how much, then what is minimized."""
         limits = self._limits() | {"drop": 0.01}
-        missed = self._missed(trial, self._bounds())
+        missed = _missed(trial, self._bounds())
         over = [much / limits[name] for name, much in missed.items()]
         if "memory" in self.bounds:  # it is measured and not predicted
             over += [1.0 for goal in trial["goals"] if goal["name"] == "memory" and not goal["met"]]
@@ -602,6 +595,13 @@ class Search:
                 for path in sorted(folder.iterdir()):
                     files[f"trials/{number}/{path.name}"] = path.read_bytes()
         return files
+
+
+def _missed(figures: Mapping[str, float], limits: Mapping[str, float]) -> dict[str, float]:
+    """The limits that are missed, by how much; a latency's by what is not surely within it."""
+    sure = {name: limit * SURE if name == "latency" else limit for name, limit in limits.items()}
+    over = {name: excess(figures[name], limit) for name, limit in sure.items()}
+    return {name: much for name, much in over.items() if much}
 
 
 def _aims(limits: Mapping[str, float]) -> dict[str, float]:
