@@ -94,6 +94,16 @@ def test_contexts_see_what_is_alike():
     assert np.array_equal(choice.decoded(name, data, codes.shape, "int32", 5), codes)
 
 
+def test_contexts_follow_the_state_through_columns_that_hold_nothing():
+    _, k = on_trellis((60, 200), 6, spread=2.0)
+    k[:, 1::2] = 0
+    codes = (trellis.doubled(k) + trellis.middle(6)).astype(np.int32)
+    k, odd = trellis.halved(codes, 6)
+    full, odd = k[:, ::2], odd[:, ::2]
+    least = sum(entropy.entropy(np.bincount(full[odd == part] + 40)) for part in (0, 1)) / 8
+    assert len(trellis.guessed(codes, 6)) < 1.02 * least + 64
+
+
 def test_codes_beside_the_trellis_are_for_other_codecs():
     codes, _ = on_trellis((20, 30), 5)
     other = codes.copy()
