@@ -13,9 +13,9 @@ p to fall evenly from zero, which so becomes the shortest code; the third counts
 
 On the trellis (dependent quantization) s is half as large, and a code is one of the half that those
 before it in its row leave: q = 2 k, or 2 k - sgn k, by a state that the parities of k move on; R is
-that of k in its half, counted from the first sweep on. Of the ways through the states the cheapest is found (Viterbi). At the bits
-of one grid the outputs' error is a tenth to a fifth less. A bias has the grid on which one bit more
-is worth what it costs, s^2 = 6 lambda / ln 2.
+that of k in its half, counted from the first sweep on. Of the ways through the states the cheapest
+is found (Viterbi). At the bits of one grid the outputs' error is a tenth to a fifth less. A bias
+has the grid on which one bit more is worth what it costs, s^2 = 6 lambda / ln 2.
 
 Papers: Conzelmann and Bamler 2025, Reducing Storage of Pretrained Neural Networks by
     Rate-Constrained Quantization and Entropy Coding (2505.18758); Haase et al. 2020, Dependent
