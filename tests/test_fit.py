@@ -277,6 +277,29 @@ def test_maps_as_wide_as_the_stride_are_convolved_in_bf16(width):
         assert conv(torch.ones(1, 3, 1, width)).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("stride", [2, (1, 2), (2, 1)])
+@pytest.mark.parametrize(("convolve", "shape"), [
+    (F.conv2d, (4, 15, 1, 1)), (F.conv_transpose2d, (15, 4, 1, 1))
+])  # fmt: skip
+def test_pointwise_strides_over_few_channels_are_in_contiguous_order(convolve, shape, stride):
+    # in channels-last order oneDNN writes past the end of a buffer for the gradient of the weights
+    images = torch.randn(2, 15, 8, 8).contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+    with quick(False, torch.device("cpu")):
+        out = convolve(images, weight, None, stride)
+    assert out.is_contiguous()
+    assert torch.equal(out, convolve(images.contiguous(), weight, stride=stride))
+
+
+@pytest.mark.parametrize(
+    "conv", [nn.Conv2d(16, 4, 1, 2), nn.Conv2d(15, 4, 1), nn.Conv2d(15, 4, 3, 2)]
+)
+def test_other_convolutions_stay_in_channels_last_order(conv):
+    images = torch.randn(2, conv.in_channels, 8, 8).contiguous(memory_format=torch.channels_last)
+    with quick(False, torch.device("cpu")):
+        assert conv(images).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     "knobs",
     [

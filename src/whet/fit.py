@@ -64,17 +64,21 @@ def bfloat16_pays(device: torch.device) -> bool:
 
 @contextmanager
 def quick(low: bool, device: torch.device) -> Iterator[None]:
-    """Autocast to bf16 where `low`, but for the convolutions that a processor gets wrong in it."""
-    exact = _NarrowMaps() if low and device.type == "cpu" else nullcontext()
-    with torch.autocast(device.type, torch.bfloat16, enabled=low), exact:
+    """Autocast to bf16 where `low`; convolutions that a processor gets wrong are computed right."""
+    sound = _Sound() if device.type == "cpu" else nullcontext()
+    with torch.autocast(device.type, torch.bfloat16, enabled=low), sound:
         yield
 
 
-class _NarrowMaps(TorchFunctionMode):
-    """Convolutions of maps narrower than their stride stay in float32.
+class _Sound(TorchFunctionMode):
+    """Convolutions whose gradients oneDNN 3.x gets wrong (PyTorch 2.13), computed another way.
 
-    In bf16 on AMX, oneDNN 3.x leaves the gradient of those of their weights that see padding alone
-    as it found the memory: NaN or 1e35 (PyTorch 2.13; stride 2 on a map of 1x1 is enough).
+    1. Maps narrower than their stride, in bf16 on AMX (a 1x1 map and stride 2 is enough): the
+       gradient of weights that see padding alone is left as the memory was found, NaN or 1e35.
+       They stay in float32.
+    2. 1x1 with a stride, less than a register of channels, in channels-last order: the inputs are
+       gathered past the end of their buffer, which breaks the heap (oneDNN's issue 6035; below 8
+       channels with AVX2, below 16 with AVX-512). They run in contiguous order.
     """
 
     def __torch_function__(
@@ -84,11 +88,24 @@ class _NarrowMaps(TorchFunctionMode):
         if func not in _CONVOLUTIONS:
             return func(*args, **kwargs)
         given = dict(zip(("input", "weight", "bias", "stride"), args, strict=False)) | kwargs
-        stride = given.get("stride", 1)
-        if given["input"].shape[-1] >= (stride if isinstance(stride, int) else stride[-1]):
+        stride = given.pop("stride", 1)
+        strides = [stride] if isinstance(stride, int) else stride
+        weight, way = given["weight"], nullcontext()
+        if max(strides) > 1 and weight[0, 0].numel() == 1 and weight.shape[1] < _REGISTER:
+            args, kwargs = each_tensor(args, _contiguous), each_tensor(kwargs, _contiguous)
+        if given["input"].shape[-1] < strides[-1]:
+            args, kwargs = each_tensor(args, _float32), each_tensor(kwargs, _float32)
+            way = torch.autocast("cpu", enabled=False)
+        with way:
             return func(*args, **kwargs)
-        with torch.autocast("cpu", enabled=False):
-            return func(*each_tensor(args, _float32), **each_tensor(kwargs, _float32))
+
+
+_REGISTER = 16  # floats of AVX-512
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    # a copy, since weights of 1x1 count as contiguous in either order
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _float32(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from whet.targets.onnxgraph import OnnxGraph, facts
 from whet.targets.target import INTEGER_OPS, Target
 
 MOVES = frozenset(["Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten"])
-LAYERS = frozenset(["Convolution", "FullyConnected", "MatMul", "Deconvolution"])
+LAYERS = frozenset(["Convolution", "FullyConnected", "Deconvolution"])  # its MatMul has no weight
 
 
 class _Session:
