@@ -10,6 +10,7 @@ from torch import Tensor
 from whet.codecs.trellis import NEXT
 
 BLOCK = 128  # columns; those behind a block are mended once for it
+SHORT = 32  # where a block is copied at each column
 Rounding = Callable[[int, Tensor], Tensor]
 
 
@@ -62,51 +63,49 @@ def surviving(W: Tensor, U: Tensor, step: float, costs: Tensor) -> tuple[Tensor,
         q, k, and which quantizer each is of, [out, d], whole numbers.
     """
     (rows, d), states, top = W.shape, len(NEXT), costs.shape[1] // 2
-    k = torch.arange(-top, top + 1)
+    # ks by parity, one too many; q and costs of each by state, parity and place there
+    k = torch.arange(-top, top + 2).reshape(-1, 2).T
+    k = k.flip(0) if top % 2 else k
     odd = torch.arange(states) & 1
-    values = (2 * k - odd[:, None] * k.sign()).to(W)  # q by state and k
-    # the two (state, parity of k) that lead to each state
+    q = 2 * k - odd[:, None, None] * k.sign()
+    price = torch.nn.functional.pad(costs, (0, 1), value=torch.inf)[:, k + top][odd]
+    made, nothing = (step * q).to(W), torch.where(k == 0, 0.0, torch.inf).to(W)
+    # the two places of (state, parity of k) that lead to each state
     ways = [(s, b) for s in range(states) for b in (0, 1)]
-    pairs = [[way for way in ways if NEXT[way[0]][way[1]] == t] for t in range(states)]
-    source, parity = torch.tensor(pairs).movedim(-1, 0)
-    places = [(k & 1 == b).nonzero()[:, 0] for b in (0, 1)]
+    leading = [[at for at, (s, b) in enumerate(ways) if NEXT[s][b] == t] for t in range(states)]
+    one, other = torch.tensor(leading).T
     total = torch.full((rows, states), torch.inf).to(W)
     total[:, 0] = 0
-    waiting = W[:, None].repeat(1, states, 1)  # columns as mended along each path
-    came, took = (torch.empty(d, rows, states, dtype=torch.int16) for _ in range(2))
-    for start, end in blocks(d, 1):
-        here, errors = waiting[:, :, : end - start], torch.zeros(rows, states, end - start).to(W)
-        origin = torch.arange(states).expand(rows, states)
+    waiting = W.repeat_interleave(states, 0)  # columns as mended along each path
+    masked = (W == 0).any(0).tolist()
+    same, first = torch.arange(rows * states), states * torch.arange(rows)[:, None]
+    took = torch.empty(d, rows, states, dtype=torch.int32)
+    for start in range(0, d, SHORT):
+        end = min(start + SHORT, d)
+        # the columns of a block as mended, in front of the one at hand the errors of those before
+        here, origin = waiting[:, : end - start], same
         for j in range(start, end):
             i = j - start
-            apart = (here[:, :, i, None] - step * values) / U[j, j]
-            price = apart.square() + costs[odd]
-            gone = W[:, j] == 0
-            price[gone] = torch.where(k == 0, 0.0, torch.inf).to(W)
-            least = [price[..., place].min(dim=-1) for place in places]
-            each = torch.stack([cost for cost, _ in least], dim=-1)  # by row, state, parity
-            which = torch.stack([p[at] for p, (_, at) in zip(places, least, strict=True)], dim=-1)
-            total, turn = (total[:, source] + each[:, source, parity]).min(dim=-1)
-            before = source.expand(rows, -1, -1).gather(2, turn[..., None])[..., 0]
-            bit = parity.expand(rows, -1, -1).gather(2, turn[..., None])[..., 0]
-            picked = which.gather(1, before[..., None].expand(-1, -1, 2))
-            picked = picked.gather(2, bit[..., None])[..., 0]
-            here, errors, apart = (_of(each, before) for each in (here, errors, apart))
-            origin = origin.gather(1, before)
-            error = apart.gather(2, picked[..., None])[..., 0]
-            errors[:, :, i] = torch.where(gone[:, None], here[:, :, i] / U[j, j], error)
-            here[:, :, i:] -= errors[:, :, i, None] * U[j, j:end]
-            came[j], took[j] = before, picked
-        waiting = _of(waiting[:, :, end - start :], origin) - errors @ U[start:end, end:]
+            each = ((here[:, i].reshape(rows, states, 1, 1) - made) / U[j, j]).square() + price
+            if masked[j]:
+                each[W[:, j] == 0] = nothing
+            least, which = each.min(dim=-1)
+            every = (total[..., None] + least).flatten(1)
+            total, that = every.index_select(1, one), every.index_select(1, other)
+            way = torch.where(that < total, other, one)
+            total = torch.minimum(total, that)
+            took[j] = way * k.shape[1] + which.flatten(1).gather(1, way)
+            before = (first + way // 2).flatten()
+            here, origin = here.index_select(0, before), origin.index_select(0, before)
+            error = (here[:, i] - made.flatten()[took[j].flatten()]) / U[j, j]
+            here[:, i + 1 :] -= error[:, None] * U[j, j + 1 : end]
+            here[:, i] = error
+        waiting = waiting[origin, end - start :] - here @ U[start:end, end:]
     state, found = total.argmin(1), torch.empty(rows, d, dtype=torch.long)
     quantizer = torch.empty_like(found)
     for j in range(d - 1, -1, -1):
-        found[:, j] = k[took[j].gather(1, state[:, None])[:, 0].long()]
-        state = came[j].gather(1, state[:, None])[:, 0].long()
+        at = took[j].gather(1, state[:, None])[:, 0].long()
+        found[:, j] = k.flatten()[at % k.numel()]
+        state = at // k.numel()
         quantizer[:, j] = state & 1
     return 2 * found - quantizer * found.sign(), found, quantizer
-
-
-def _of(each: Tensor, states: Tensor) -> Tensor:
-    """Of each row [states, columns] those of the states [rows, states] that are asked for."""
-    return each.gather(1, states[..., None].expand(-1, -1, each.shape[2]))
