@@ -100,6 +100,26 @@ def test_with_noise_it_comes_near(explored: Any):
     assert min(found) > 0
 
 
+def test_no_share_is_solved_twice_between_trials(monkeypatch: pytest.MonkeyPatch, explored: Any):
+    solved: list[list[float]] = [[]]
+
+    def counted(menu: Any, costs: Any, limits: dict[str, float]) -> Plan:
+        plan = choose(menu, costs, limits)
+        solved[-1].append(limits.get("latency", 1.0))
+        return plan
+
+    def fresh(*args: Any) -> Any:
+        solved.append([])
+        return following(*args)
+
+    following = run.Search._next
+    monkeypatch.setattr(run.plans, "choose", counted)
+    monkeypatch.setattr(run.Search, "_next", fresh)
+    explored(0.24, NOISE, 0)
+    assert sum(len(shares) > 5 for shares in solved) > 1
+    assert all(len(set(shares)) == len(shares) for shares in solved)
+
+
 @pytest.mark.parametrize("finals", [1, 2])
 def test_no_trial_is_made_twice_and_hardly_one_is_left_unused(explored: Any, finals: int):
     made = [explored(0.24, NOISE, seed, finals=finals) for seed in range(40)]

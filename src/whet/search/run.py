@@ -22,7 +22,7 @@ import tempfile
 import time as clock
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -346,8 +346,12 @@ class Search:
         kinds = ["short"] * self.wish.trials
         kinds += ["long"] * (self.wish.finals if self.task.train is not None else 0)
         tried: list[Tried] = []
-        strongest = partial(self._strongest, menu, costs, _aims(limits), (low, high))
+        aims = _aims(limits)
         for kind in kinds:
+            # of the same shares many times, until a trial changes what costs are predicted
+            at = cache(lambda share: plans.choose(menu, costs, aims | {name: share}))
+            mildest = cache(lambda: _closest(menu, costs, aims))
+            strongest = partial(self._strongest, mildest, at, (low, high))
             try:
                 plan = self._next(strongest, kind, tried)
             except solve.Unreachable as error:
@@ -411,22 +415,27 @@ class Search:
 
     def _strongest(
         self,
-        menu: Menu,
-        costs: Costs,
-        limits: Mapping[str, float],
+        mildest: Callable[[], Plan],
+        at: Callable[[float], Plan],
         ends: tuple[float, float],
         room: float,
     ) -> Plan:
         """The strongest plan that deviates by no more than `room`.
 
         Where none that saves anything does, the mildest that was found.
+
+        Args:
+            mildest: gives the plan that no more than the limits ask for.
+            at: gives the plan that comes down to a share of what is minimized.
+            ends: of the shares.
+            room: a deviation.
         """
         (low, high), bearable = ends, False
-        best = _closest(menu, costs, limits)
+        best = mildest()
         for _ in range(SOLVES):
             share = math.sqrt(max(low, 1e-6) * high)
             try:
-                plan = plans.choose(menu, costs, dict(limits) | {self.wish.minimize: share})
+                plan = at(share)
             except solve.Unreachable:
                 low = share
                 continue
