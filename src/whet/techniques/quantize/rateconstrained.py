@@ -27,7 +27,7 @@ Hurts when: speed is wanted, or BatchNorms are not folded: the errors of all out
     weigh alike (put FoldBatchNorm first). EntropyPenalized is smaller where training has
     much to give, as on MNIST, and was not in a few epochs of a ResNet-20. What cuts inputs or
     outputs afterwards takes codes off the trellis, and each then costs about a bit more.
-Needs: calibration data. Costs: some twenty times what Gptq does, three without the trellis, and for
+Needs: calibration data. Costs: some seven times what Gptq does, two without the trellis, and for
     each weight a look at all codes; with `sweeps` as many as layers, two passes of the data for
     each, and the divergence of a ResNet-20's answers from its parent's falls by a fifth.
 """
