@@ -243,10 +243,22 @@ def test_columns_are_mended_along_each_path():
     costs = torch.rand(2, 41, generator=torch.Generator().manual_seed(1)).double()
     whole = surviving(W, U, 0.5, costs)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("whet.rungs.columns.BLOCK", 17)
-        assert all(map(torch.equal, surviving(W, U, 0.5, costs), whole))
+        for columns in (17, 300):
+            patch.setattr("whet.rungs.columns.SHORT", columns)
+            assert all(map(torch.equal, surviving(W, U, 0.5, costs), whole))
     near = surviving(W, torch.diag(U.diagonal()), 0.5, costs)  # no column mends another
     assert error(whole[0], 0.5, W, H) < 0.8 * error(near[0], 0.5, W, H)
+
+
+def test_on_the_trellis_what_is_zero_stays_zero_and_is_mended_for():
+    W, H, U = drawn(4, 10, 80)
+    gone = torch.rand(10, 80, generator=torch.Generator().manual_seed(1)) < 0.3
+    W, costs = W * ~gone, torch.zeros(2, 41).double()
+    q, k, _ = surviving(W, U, 0.5, costs)
+    assert not q[gone].any() and not k[gone].any()
+    assert (q[~gone] != 0).double().mean() > 0.5
+    near, *_ = surviving(W, torch.diag(U.diagonal()), 0.5, costs)
+    assert error(q, 0.5, W, H) < 0.8 * error(near, 0.5, W, H)
 
 
 def test_lengths_are_those_of_the_codes():
