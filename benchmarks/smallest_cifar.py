@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def calibrating(task: Task, seed: int) -> Batches:
-    """The calibration batches of the task, from the one on that seeds begin with in turn."""
+    """The calibration batches of the task, those first that a seed mends by."""
     batches = list(task.calibration or ())
     first = seed * -(-EXAMPLES // len(batches[0][1])) % len(batches)
     return batches[first:] + batches[:first]

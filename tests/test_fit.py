@@ -291,6 +291,12 @@ def test_pointwise_strides_over_few_channels_are_in_contiguous_order(convolve, s
     assert torch.equal(out, convolve(images.contiguous(), weight, stride=stride))
 
 
+def test_a_network_of_bf16_numbers_stays_one_where_nothing_is_cast():
+    conv = nn.Conv2d(3, 4, 3, stride=2, padding=1).bfloat16()
+    with quick(False, torch.device("cpu")):
+        assert conv(torch.ones(1, 3, 1, 1).bfloat16()).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     "conv", [nn.Conv2d(16, 4, 1, 2), nn.Conv2d(15, 4, 1), nn.Conv2d(15, 4, 3, 2)]
 )

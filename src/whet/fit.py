@@ -90,17 +90,13 @@ class _Sound(TorchFunctionMode):
         given = dict(zip(("input", "weight", "bias", "stride"), args, strict=False)) | kwargs
         stride = given.pop("stride", 1)
         strides = [stride] if isinstance(stride, int) else stride
-        weight, way = given["weight"], nullcontext()
-        if max(strides) > 1 and weight[0, 0].numel() == 1 and weight.shape[1] < _REGISTER:
+        shape = given["weight"].shape
+        if max(strides) > 1 and shape[2:].numel() == 1 and shape[1] < _REGISTER:
             args, kwargs = each_tensor(args, _contiguous), each_tensor(kwargs, _contiguous)
-        if given["input"].shape[-1] < strides[-1]:
-            args, kwargs = each_tensor(args, _float32), each_tensor(kwargs, _float32)
-            way = torch.autocast("cpu", enabled=False)
-        with way:
+        if given["input"].shape[-1] >= strides[-1] or not torch.is_autocast_enabled("cpu"):
             return func(*args, **kwargs)
-
-
-_REGISTER = 16  # floats of AVX-512
+        with torch.autocast("cpu", enabled=False):
+            return func(*each_tensor(args, _float32), **each_tensor(kwargs, _float32))
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
@@ -112,6 +108,7 @@ def _float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
 
 
+_REGISTER = 16  # floats of AVX-512
 _CONVOLUTIONS = frozenset(
     (
         *(F.conv1d, F.conv2d, F.conv3d),

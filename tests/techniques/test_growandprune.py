@@ -169,3 +169,17 @@ def test_it_needs_training_data():
 def test_absurd_knobs_are_refused(knobs):
     with pytest.raises(ValidationError):
         GrowAndPrune(**knobs)
+
+
+def test_a_look_at_a_network_in_training_is_in_an_order_whose_gradients_are_right():
+    # oneDNN writes past a buffer for those of a strided 1x1 convolution in channels-last order
+    model = nn.Sequential(nn.Conv2d(4, 16, 1, 2)).to(memory_format=torch.channels_last)
+    images, orders = torch.randn(2, 4, 8, 8).contiguous(memory_format=torch.channels_last), []
+
+    def loss(inputs, labels, outputs):
+        orders.append(outputs.is_contiguous())
+        return outputs.square().sum()
+
+    slopes, _ = look(model, ["0"], [], loss, images, None)
+    assert orders == [True]
+    assert slopes["0"].abs().min() > 0

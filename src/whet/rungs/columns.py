@@ -62,28 +62,20 @@ def surviving(W: Tensor, U: Tensor, step: float, costs: Tensor) -> tuple[Tensor,
     Returns:
         q, k, and which quantizer each is of, [out, d], whole numbers.
     """
-    (rows, d), states, top = W.shape, len(NEXT), costs.shape[1] // 2
-    # ks by parity, one too many; q and costs of each by state, parity and place there
-    k = torch.arange(-top, top + 2).reshape(-1, 2).T
-    k = k.flip(0) if top % 2 else k
-    odd = torch.arange(states) & 1
-    q = 2 * k - odd[:, None, None] * k.sign()
-    price = torch.nn.functional.pad(costs, (0, 1), value=torch.inf)[:, k + top][odd]
+    (rows, d), states = W.shape, len(NEXT)
+    k, q, price = by_state(costs)
     made, nothing = (step * q).to(W), torch.where(k == 0, 0.0, torch.inf).to(W)
-    # the two places of (state, parity of k) that lead to each state
-    ways = [(s, b) for s in range(states) for b in (0, 1)]
-    leading = [[at for at, (s, b) in enumerate(ways) if NEXT[s][b] == t] for t in range(states)]
-    one, other = torch.tensor(leading).T
+    one, other = leading()
     total = torch.full((rows, states), torch.inf).to(W)
     total[:, 0] = 0
     waiting = W.repeat_interleave(states, 0)  # columns as mended along each path
     masked = (W == 0).any(0).tolist()
-    same, first = torch.arange(rows * states), states * torch.arange(rows)[:, None]
+    first = states * torch.arange(rows)[:, None]
     took = torch.empty(d, rows, states, dtype=torch.int32)
     for start in range(0, d, SHORT):
         end = min(start + SHORT, d)
         # the columns of a block as mended, in front of the one at hand the errors of those before
-        here, origin = waiting[:, : end - start], same
+        here, origin = waiting[:, : end - start], torch.arange(rows * states)
         for j in range(start, end):
             i = j - start
             each = ((here[:, i].reshape(rows, states, 1, 1) - made) / U[j, j]).square() + price
@@ -101,11 +93,48 @@ def surviving(W: Tensor, U: Tensor, step: float, costs: Tensor) -> tuple[Tensor,
             here[:, i + 1 :] -= error[:, None] * U[j, j + 1 : end]
             here[:, i] = error
         waiting = waiting[origin, end - start :] - here @ U[start:end, end:]
-    state, found = total.argmin(1), torch.empty(rows, d, dtype=torch.long)
-    quantizer = torch.empty_like(found)
-    for j in range(d - 1, -1, -1):
-        at = took[j].gather(1, state[:, None])[:, 0].long()
-        found[:, j] = k.flatten()[at % k.numel()]
-        state = at // k.numel()
-        quantizer[:, j] = state & 1
+    at = traced(took, total.argmin(1), k.numel())
+    quantizer, found = at // k.numel() & 1, k.flatten()[at % k.numel()]
     return 2 * found - quantizer * found.sign(), found, quantizer
+
+
+def by_state(costs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k by parity, one too many that costs infinity; q and costs by state, parity and place there.
+
+    Args:
+        costs: as `surviving` takes them.
+
+    Returns:
+        [2, K + 1], [states, 2, K + 1] twice.
+    """
+    top, odd = costs.shape[1] // 2, torch.arange(len(NEXT)) & 1
+    k = torch.arange(-top, top + 2).reshape(-1, 2).T
+    k = k.flip(0) if top % 2 else k
+    price = torch.nn.functional.pad(costs, (0, 1), value=torch.inf)[:, k + top][odd]
+    return k, 2 * k - odd[:, None, None] * k.sign(), price
+
+
+def leading() -> tuple[Tensor, Tensor]:
+    """The two ways into each state, [states] each; a way is 2 state + parity of k."""
+    ways = [2 * state + parity for state in range(len(NEXT)) for parity in (0, 1)]
+    into = [[way for way in ways if NEXT[way // 2][way % 2] == s] for s in range(len(NEXT))]
+    one, other = torch.tensor(into).T
+    return one, other
+
+
+def traced(took: Tensor, state: Tensor, choices: int) -> Tensor:
+    """What each row took of the `choices` of each state, back from the state where it ends.
+
+    Args:
+        took: state before times `choices` and what was taken there, by column, row and state.
+        state: of each row, behind the last column.
+        choices: of a state.
+
+    Returns:
+        Of the path alone, [out, d].
+    """
+    path = torch.empty(len(state), len(took), dtype=torch.long)
+    for j in range(len(took) - 1, -1, -1):
+        path[:, j] = took[j].gather(1, state[:, None])[:, 0]
+        state = path[:, j] // choices
+    return path

@@ -26,12 +26,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from whet.fit import widened
+from whet.fit import quick, widened
 from whet.graph import channels, placeable, surgery
 from whet.graph.trace import baked
 from whet.rungs.layers import keep
 from whet.rungs.training import Masks, TrainedPruner
-from whet.task import as_arguments
+from whet.task import as_arguments, tensors_in
 from whet.technique import Work
 
 Objective = Callable[[Any, Any, Any], Tensor]
@@ -142,7 +142,9 @@ def look(
     }
     for weight in layers.values():
         weight.requires_grad_(True)
-    objective(inputs, labels, widened(twin(*as_arguments(inputs)))).backward()
+    with quick(False, next(tensors_in(inputs)).device):  # a network in training, channels last
+        outputs = widened(twin(*as_arguments(inputs)))
+    objective(inputs, labels, outputs).backward()
     slopes = {path: torch.zeros_like(w) if w.grad is None else w.grad for path, w in layers.items()}
     across = {}
     for before, after in bridges:

@@ -185,7 +185,7 @@ def onwards(
     found = [surviving(W, U, step, over) for W, U in parts]
     for _ in range(2):
         used = [torch.cat([each[1][each[2] == part] for each in found]) for part in (0, 1)]
-        costs = price * torch.stack([padded(counted(k.double()), most) for k in used])
+        costs = price * torch.stack([padded(counted(each.double()), most) for each in used])
         found = [surviving(W, U, step, over + costs) for W, U in parts]
     return [q.double() for q, *_ in found]
 
